@@ -1,0 +1,43 @@
+"""Dense bits: integer codes as a file holds them."""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Integer, UInt8
+
+from fbi.errors import InputError
+
+TRITS = 5  # 3^5 = 243 codes in a byte: 1.6 bits for a ternary code
+
+
+def _width(levels: int) -> int:
+    if not 2 <= levels <= 256:
+        raise InputError(f"cannot pack {levels} levels; codes of 2 to 256 levels fit a byte")
+    return math.ceil(math.log2(levels))
+
+
+def packed_size(count: int, levels: int) -> int:
+    """Bytes that `count` codes of `levels` levels take: five ternary codes a byte, else ceil(log2 levels) bits each."""
+    return -(-count // TRITS) if levels == 3 else -(-count * _width(levels) // 8)
+
+
+def pack(codes: Integer[Array, "..."], levels: int) -> UInt8[Array, "bytes"]:
+    """Codes 0..levels-1, in row-major order, as bytes; the unused end is zero."""
+    flat = codes.astype(jnp.uint8).reshape(-1)
+    if levels == 3:
+        flat = jnp.pad(flat, (0, -flat.size % TRITS)).reshape(-1, TRITS)
+        return flat @ jnp.array([1, 3, 9, 27, 81], jnp.uint8)
+    width = _width(levels)
+    planes = (flat[:, None] >> jnp.arange(width, dtype=jnp.uint8)[None, :]) & 1
+    return jnp.packbits(planes.reshape(-1), bitorder="little")
+
+
+def unpack(packed: UInt8[Array, "bytes"], shape: tuple[int, ...], levels: int) -> UInt8[Array, "..."]:
+    """The inverse of `pack` for codes of that shape."""
+    count = math.prod(shape)
+    if levels == 3:
+        digits = packed[:, None] // jnp.array([[1, 3, 9, 27, 81]], jnp.uint8) % 3
+        return digits.reshape(-1)[:count].reshape(shape)
+    width = _width(levels)
+    planes = jnp.unpackbits(packed, count=count * width, bitorder="little").reshape(count, width)
+    return jnp.sum(planes << jnp.arange(width, dtype=jnp.uint8)[None, :], -1, dtype=jnp.uint8).reshape(shape)
