@@ -1,0 +1,149 @@
+"""Causal grouped-query attention with rotary positions, behind one function a platform may replace."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from fbi.model.axes import Axes
+from fbi.model.linear import Linear
+from fbi.model.norm import RMSNorm
+from fbi.policy import NONE, Methods
+from fbi.quant import Ctx
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer for every position so far, [b, s, g, k]."""
+
+    k: Array
+    v: Array
+
+
+class Where(NamedTuple):
+    """Positions of the queries [t] and of the keys [s], and the documents [b, s] that attention must not leave."""
+
+    queries: Int[Array, " t"]
+    keys: Int[Array, " s"]
+    documents: Int[Array, "b s"] | None = None
+
+
+def rotate(x: Float[Array, "b t h k"], positions: Int[Array, " t"], base: float) -> Float[Array, "b t h k"]:
+    """Rotary position embedding, halves paired as in Llama checkpoints of Hugging Face; Su et al., arXiv 2104.09864."""
+    half = x.shape[-1] // 2
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    frequencies = base ** (-jnp.arange(half, dtype=wide) / half)
+    angles = (positions.astype(wide)[:, None] * frequencies[None, :])[None, :, None, :]
+    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def _one_sequence(
+    q: Float[Array, "t h k"],
+    k: Float[Array, "s g k"],
+    v: Float[Array, "s g k"],
+    allowed: Bool[Array, "t s"],
+    probs: Callable[[Array], Array] | None,
+) -> Float[Array, "t h k"]:
+    """Softmax attention of one sequence, heads first; normalised after the value product unless `probs` is given."""
+    t, h, width = q.shape
+    g = k.shape[1]
+    queries = q.reshape(t, g, h // g, width).transpose(1, 2, 0, 3)
+    keys, values = k.transpose(1, 2, 0), v.transpose(1, 0, 2)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("grtk,gks->grts", queries, keys, preferred_element_type=wide) / width**0.5
+    scores = jnp.where(allowed[None, None], scores, jnp.finfo(wide).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True)))
+    total = jnp.sum(weights, -1, keepdims=True)
+    if probs is not None:
+        weights, total = probs(weights / total), jnp.ones_like(total)
+    mixed = jnp.einsum("grts,gsk->grtk", weights.astype(q.dtype), values, preferred_element_type=wide) / total
+    return mixed.transpose(2, 0, 1, 3).reshape(t, h, width).astype(q.dtype)
+
+
+def attention(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b s g k"],
+    v: Float[Array, "b s g k"],
+    where: Where,
+    axes: Axes,
+    probs: Callable[[Array], Array] | None = None,
+) -> Float[Array, "b t h k"]:
+    """Attention of each query to the keys at or before its position, within its document where documents are given.
+
+    `probs` maps the attention probabilities (a quantizer). Batch and heads stay on their devices. On a CPU sequences
+    are taken one by one and recomputed in the backward pass: 2.5 times as fast as one batched product there.
+    """
+
+    def local(q: Array, k: Array, v: Array, where: Where) -> Array:
+        causal = where.queries[:, None] >= where.keys[None, :]
+
+        def one(row: tuple[Array, ...]) -> Array:
+            if where.documents is None:
+                return _one_sequence(*row, causal, probs)
+            *qkv, documents = row
+            queried = jnp.take(documents, jnp.searchsorted(where.keys, where.queries))
+            return _one_sequence(*qkv, causal & (queried[:, None] == documents[None, :]), probs)
+
+        rows = (q, k, v) if where.documents is None else (q, k, v, where.documents)
+        return jax.lax.platform_dependent(
+            *rows,
+            cpu=lambda *rows: jax.lax.map(jax.checkpoint(one), rows),
+            default=lambda *rows: jax.vmap(lambda *row: one(row))(*rows),
+        )
+
+    per_head, whole = axes.per_head, jax.P(None)
+    specs = Where(whole, whole, None if where.documents is None else jax.P(axes.batch, None))
+    return jax.shard_map(local, in_specs=(per_head, per_head, per_head, specs), out_specs=per_head)(q, k, v, where)
+
+
+class Attention(nnx.Module):
+    """Projections, rotary positions, attention, output projection."""
+
+    def __init__(
+        self,
+        linear: Callable[[str], Linear],
+        sub_norm: RMSNorm | None,
+        *,
+        head_dim: int,
+        rope_base: float,
+        cache: Methods,
+        probs: Methods,
+        axes: Axes,
+    ):
+        self.head_dim, self.rope_base, self.axes = head_dim, rope_base, axes
+        self.cache_methods, self.probs_methods, self.sub_norm = cache, probs, sub_norm
+        self.q, self.k, self.v, self.o = (linear(f"attn.{name}") for name in "qkvo")
+
+    def __call__(
+        self, x: Float[Array, "b t d"], where: Where, cache: Cache | None, ctx: Ctx
+    ) -> tuple[Float[Array, "b t d"], Cache | None]:
+        b, t, _ = x.shape
+        hidden = self.axes.hidden(self.axes.heads)
+
+        def heads(y: Array) -> Array:
+            count = y.shape[-1] // self.head_dim
+            return jnp.reshape(y, (b, t, count, self.head_dim), out_sharding=self.axes.per_head)
+
+        q, k, v = (heads(project(x, hidden, ctx)) for project in (self.q, self.k, self.v))
+        q, k = (rotate(y, where.queries, self.rope_base) for y in (q, k))
+        if self.cache_methods.activation != NONE:
+            quantize = self.cache_methods.activation.build("activation")
+            k, v = (quantize.apply(y, {}, ctx).astype(x.dtype) for y in (k, v))
+        if cache is not None:
+            start = where.queries[0]
+            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
+                    for old, new in zip(cache, (k, v), strict=True))  # fmt: skip
+            cache = Cache(k, v)
+        probs = None
+        if self.probs_methods.activation != NONE:
+            quantizer = self.probs_methods.activation.build("activation")
+            probs = lambda p: quantizer.apply(p, {}, ctx)  # noqa: E731
+        mixed = attention(q, k, v, where, self.axes, probs)
+        mixed = jnp.reshape(mixed, (b, t, mixed.shape[2] * self.head_dim), out_sharding=hidden)
+        if self.sub_norm is not None:
+            mixed = self.sub_norm(mixed)
+        return self.o(mixed, self.axes.stream, ctx), cache

@@ -1,0 +1,45 @@
+"""Where each tensor axis lies on the mesh: logical names to mesh axes, as data."""
+
+import dataclasses
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Logical axis -> mesh axis. `data` splits the batch and, as FSDP, one axis of each weight; `model` is tensor."""
+
+    batch: str | None = "data"
+    fsdp: str | None = "data"
+    heads: str | None = "model"
+    ff: str | None = "model"
+    vocab: str | None = "model"
+
+    @property
+    def stream(self) -> P:
+        """Residual stream [b, t, d]."""
+        return P(self.batch, None, None)
+
+    def hidden(self, axis: str | None) -> P:
+        """An activation [b, t, x] whose last axis is split over `axis`."""
+        return P(self.batch, None, axis)
+
+    @property
+    def per_head(self) -> P:
+        """Queries, keys, values [b, t, h, k]."""
+        return P(self.batch, None, self.heads, None)
+
+    def stored(self, inner: str | None, outer: str | None) -> P:
+        """A weight [in, out] at rest: the axis that is not split by tensor parallelism is split by FSDP."""
+        return P(inner or self.fsdp, outer or (self.fsdp if inner else None))
+
+
+def gathered(spec: P) -> P:
+    """A weight in use: what FSDP split is whole, what tensor parallelism split stays split."""
+    return P(*(None if axis == "data" else axis for axis in spec))
+
+
+def mesh_1x1() -> jax.sharding.Mesh:
+    """The mesh of a laptop: one device, the same code."""
+    return jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])

@@ -1,0 +1,151 @@
+"""Model shapes: one frozen dataclass, the presets by name, and exact parameter counts. Imports no jax."""
+
+import dataclasses
+from typing import Literal
+
+from fbi.errors import InputError, unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the Llama type. Defaults are FBI-LLM's: pre-norm RMSNorm, SwiGLU, RoPE, no bias, untied head."""
+
+    vocab: int = 1024
+    """Rows of the embedding, columns of the head."""
+    dim: int = 128
+    """Width of the residual stream."""
+    layers: int = 3
+    """Blocks."""
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int = 4
+    """Key and value heads; fewer than `heads` is grouped-query attention."""
+    head_dim: int = 32
+    """Width of a head."""
+    ff: int = 384
+    """Width of the gated MLP."""
+    context: int = 2048
+    """Most positions a sequence may have."""
+    activation: Literal["silu", "relu2"] = "silu"
+    """Gate of the MLP: SwiGLU, or ReLU²-GLU as in BitNet a4.8 and 2B4T."""
+    norm: Literal["pre", "inner", "sub"] = "pre"
+    """RMSNorm before attention and MLP; inside each linear layer instead (BitNet FAQ); or before, and again before the
+    output and down projections (SubLN, BitNet 2B4T)."""
+    tied: bool = False
+    """The head is the transposed embedding."""
+    rope_base: float = 10_000.0
+    """Base of the rotary frequencies."""
+    eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of the normal initialisation."""
+    residual_init: bool = False
+    """Output and down projections start smaller by sqrt(2 layers), as in QuEST (2502.05003)."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Compute type. Latent weights are float32 (float64 for float64)."""
+
+
+def _llama(vocab: int, dim: int, layers: int, heads: int, ff: int, **rest: object) -> ModelConfig:
+    fields: dict = {"kv_heads": heads, "head_dim": dim // heads, **rest}
+    return ModelConfig(vocab=vocab, dim=dim, layers=layers, heads=heads, ff=ff, **fields)
+
+
+def _quest(dim: int, layers: int, ff: int) -> ModelConfig:
+    return _llama(32_000, dim, layers, dim // 128, ff, context=512, residual_init=True)
+
+
+PRESETS: dict[str, ModelConfig] = {
+    # Sized for two CPU cores; widths are multiples of 128.
+    "nano": _llama(1024, 128, 3, 4, 384, context=512),
+    "micro": _llama(4096, 256, 6, 8, 768, context=1024),
+    # FBI-LLM, arXiv 2407.07093, table 1.
+    "fbi-130m": _llama(32_000, 768, 12, 12, 2048),
+    "fbi-1.3b": _llama(32_000, 2048, 24, 32, 5632),
+    "fbi-7b": _llama(32_000, 4096, 32, 32, 11_008),
+    # BitNet b1.58, arXiv 2402.17764; shapes from BitNet a4.8, 2411.04965, appendix; SubLN as in its public checkpoints.
+    "bitnet-700m": _llama(32_000, 1536, 24, 24, 4096, norm="sub"),
+    "bitnet-1.3b": _llama(32_000, 2048, 24, 32, 5460, norm="sub"),
+    "bitnet-3b": _llama(32_000, 3200, 26, 32, 8640, norm="sub"),
+    # BitNet b1.58 2B4T, arXiv 2504.12285.
+    "bitnet-2b4t": _llama(
+        128_256, 2560, 30, 20, 6912, kv_heads=5, norm="sub", activation="relu2", tied=True, rope_base=5e5, context=4096
+    ),
+    # QuEST, arXiv 2502.05003, table 7: heads of 128, context 512.
+    "quest-30m": _quest(640, 6, 1792),
+    "quest-50m": _quest(768, 7, 2048),
+    "quest-100m": _quest(1024, 8, 2816),
+    "quest-200m": _quest(1280, 10, 3584),
+    "quest-430m": _quest(1664, 13, 4608),
+    "quest-800m": _quest(2048, 16, 5632),
+    "llama2-7b": _llama(32_000, 4096, 32, 32, 11_008, context=4096),
+    "smollm2-135m": _llama(49_152, 576, 30, 9, 1536, kv_heads=3, tied=True, rope_base=1e5, context=8192),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The model of that name; an `InputError` that lists the valid names otherwise."""
+    if name not in PRESETS:
+        raise unknown("model", name, PRESETS)
+    return PRESETS[name]
+
+
+def check(config: ModelConfig) -> None:
+    """Refuses shapes that cannot be built, naming the field, its value and what would do."""
+    for name in ("vocab", "dim", "layers", "heads", "kv_heads", "head_dim", "ff", "context"):
+        if getattr(config, name) < 1:
+            raise InputError(f"model.{name}={getattr(config, name)} must be at least 1")
+    if config.heads % config.kv_heads:
+        fitting = [n for n in range(1, config.heads + 1) if config.heads % n == 0]
+        raise InputError(f"model.kv_heads={config.kv_heads} does not divide heads={config.heads}; use one of {fitting}")
+    if config.head_dim % 2:
+        raise InputError(f"model.head_dim={config.head_dim} is odd; rotary positions need an even width")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCount:
+    """Parameters by kind; learned scales of a policy come on top (`Model.parameter_count`)."""
+
+    embedding: int
+    head: int
+    linear: int
+    norm: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.embedding + self.head + self.linear + self.norm
+
+    @property
+    def non_embedding(self) -> int:
+        """Blocks and norms, as QuEST and the scaling-law literature count."""
+        return self.linear + self.norm
+
+
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Site within a block -> [in, out]."""
+    c, attention, cache = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    return {
+        "attn.q": (c.dim, attention),
+        "attn.k": (c.dim, cache),
+        "attn.v": (c.dim, cache),
+        "attn.o": (attention, c.dim),
+        "mlp.gate": (c.dim, c.ff),
+        "mlp.up": (c.dim, c.ff),
+        "mlp.down": (c.ff, c.dim),
+    }
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """The exact counts, from the shapes alone."""
+    shapes = linear_shapes(config)
+    norms = {
+        "pre": 2 * config.dim,
+        "inner": sum(i for i, _ in shapes.values()),
+        "sub": 2 * config.dim + shapes["attn.o"][0] + config.ff,
+    }[config.norm]
+    return ParameterCount(
+        embedding=config.vocab * config.dim,
+        head=0 if config.tied else config.vocab * config.dim,
+        linear=config.layers * sum(i * o for i, o in shapes.values()),
+        norm=config.layers * norms + config.dim,
+    )

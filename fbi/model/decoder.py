@@ -1,0 +1,147 @@
+"""The decoder: embedding, stacked blocks scanned in segments of equal policy, head."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from fbi.model.attention import Attention, Cache, Where
+from fbi.model.axes import Axes, gathered
+from fbi.model.config import ModelConfig, linear_shapes
+from fbi.model.linear import Linear
+from fbi.model.mlp import GatedMLP
+from fbi.model.norm import RMSNorm
+from fbi.policy import Methods
+from fbi.quant import Ctx
+
+BLOCK_SITES = ("attn.q", "attn.k", "attn.v", "attn.kv", "attn.probs", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+
+
+def segments(bound: dict[str, Methods], layers: int) -> list[tuple[int, int]]:
+    """Runs [start, stop) of layers whose sites all get equal methods: each run is one stack, scanned."""
+    plans = [tuple(bound.get(f"layers.{i}.{site}", Methods()) for site in BLOCK_SITES) for i in range(layers)]
+    starts = [i for i in range(layers) if i == 0 or plans[i] != plans[i - 1]]
+    return list(zip(starts, [*starts[1:], layers], strict=True))
+
+
+def latent_dtype(config: ModelConfig) -> jnp.dtype:
+    """The type of latent weights: float32, or float64 where computation is."""
+    return jnp.promote_types(config.dtype, jnp.float32)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the norms lie where the config says."""
+
+    def __init__(self, config: ModelConfig, methods: dict[str, Methods], axes: Axes, rngs: nnx.Rngs):
+        c, shapes, dtype = config, linear_shapes(config), latent_dtype(config)
+        norm = lambda dim, kind: RMSNorm(dim, c.eps, dtype) if c.norm in kind else None  # noqa: E731
+        split = {"attn.q": axes.heads, "attn.k": axes.heads, "attn.v": axes.heads, "attn.o": axes.heads}
+        residual = c.init_std / ((2 * c.layers) ** 0.5 if c.residual_init else 1.0)
+
+        def linear(site: str) -> Linear:
+            inward = site in ("attn.o", "mlp.down")
+            axis = split.get(site, axes.ff)
+            return Linear(
+                shapes[site],
+                methods.get(site, Methods()),
+                std=residual if inward else c.init_std,
+                spec=axes.stored(axis if inward else None, None if inward else axis),
+                dtype=dtype,
+                norm=norm(shapes[site][0], ("inner",)),
+                rngs=rngs,
+            )
+
+        self.attn_norm, self.mlp_norm = norm(c.dim, ("pre", "sub")), norm(c.dim, ("pre", "sub"))
+        self.attn = Attention(
+            linear,
+            norm(shapes["attn.o"][0], ("sub",)),
+            head_dim=c.head_dim,
+            rope_base=c.rope_base,
+            cache=methods.get("attn.kv", Methods()),
+            probs=methods.get("attn.probs", Methods()),
+            axes=axes,
+        )
+        self.mlp = GatedMLP(linear, norm(c.ff, ("sub",)), c.activation, axes)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], where: Where, cache: Cache | None, ctx: Ctx
+    ) -> tuple[Float[Array, "b t d"], Cache | None]:
+        mixed, cache = self.attn(self.attn_norm(x) if self.attn_norm else x, where, cache, ctx)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x) if self.mlp_norm else x, ctx), cache
+
+
+class Decoder(nnx.Module):
+    """Tokens to logits. Layers are stacked; a policy that differs by depth cuts the stack into segments."""
+
+    def __init__(self, config: ModelConfig, bound: dict[str, Methods], axes: Axes, rngs: nnx.Rngs):
+        self.config, self.axes, self.bound = config, axes, bound
+        dtype = latent_dtype(config)
+        table = (config.vocab, config.dim)
+        self.embed = nnx.Param(
+            config.init_std * jax.random.normal(rngs.params(), table, dtype, out_sharding=self._table_spec)
+        )
+        self.segments = segments(bound, config.layers)
+        keys = jax.random.split(rngs.params(), config.layers)  # a layer starts alike under every policy
+        for start, stop in self.segments:
+            methods = {site: bound.get(f"layers.{start}.{site}", Methods()) for site in BLOCK_SITES}
+            build = lambda key, methods=methods: Block(config, methods, axes, nnx.Rngs(key))
+            setattr(self, f"layers_{start}_{stop}", jax.vmap(build)(keys[start:stop]))
+        self.norm = RMSNorm(config.dim, config.eps, dtype)
+        if not config.tied:
+            self.head = Linear(
+                (config.dim, config.vocab),
+                bound.get("head", Methods()),
+                std=config.init_std,
+                spec=axes.stored(None, axes.vocab),
+                dtype=dtype,
+                norm=None,
+                rngs=rngs,
+            )
+
+    @property
+    def _table_spec(self) -> jax.P:
+        return jax.P(self.axes.vocab, self.axes.fsdp)
+
+    def _table(self, ctx: Ctx) -> Float[Array, "v d"]:
+        """The embedding as used: quantized where the policy says, in the compute type."""
+        method = self.bound.get("embed", Methods()).weight
+        return method.build("weight").apply(self.embed[...], {}, ctx).astype(self.config.dtype)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],
+        where: Where,
+        caches: dict[str, Cache] | None = None,
+        ctx: Ctx = Ctx(),
+        remat: bool = False,
+        unroll: int = 1,
+    ) -> tuple[Float[Array, "b t v"], dict[str, Cache] | None]:
+        """Logits in float32 at least, and the caches with these positions written where caches are given."""
+        table = self._table(ctx)
+        whole = jax.sharding.reshard(table, jax.P(None, None))
+        x = whole.at[tokens].get(out_sharding=self.axes.stream)
+        updated: dict[str, Cache] = {}
+        for start, stop in self.segments:
+            name = f"layers_{start}_{stop}"
+
+            def body(x: Array, layer: tuple[Block, Cache | None]) -> tuple[Array, Cache | None]:
+                block, cache = layer
+                return block(x, where, cache, ctx)
+
+            step: Callable = jax.checkpoint(body) if remat else body
+            layers = (getattr(self, name), None if caches is None else caches[name])
+            x, cache = jax.lax.scan(step, x, layers, unroll=min(unroll, stop - start))
+            if cache is not None:
+                updated[name] = cache
+        x = self.norm(x)
+        out = self.axes.hidden(self.axes.vocab)
+        if self.config.tied:
+            activation = self.bound.get("head", Methods()).activation.build("activation")
+            x_hat = activation.apply(x, {}, ctx).astype(x.dtype)
+            logits = jnp.dot(x_hat, jax.sharding.reshard(table, gathered(self._table_spec)).T, out_sharding=out)
+        else:
+            logits = self.head(x, out, ctx)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), updated or None

@@ -1,0 +1,125 @@
+"""A model as pure functions over plain nested dicts: the one file that splits and merges modules."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from fbi.model import config as shapes
+from fbi.model.attention import Cache, Where
+from fbi.model.axes import Axes, mesh_1x1
+from fbi.model.config import ModelConfig
+from fbi.model.decoder import BLOCK_SITES, Decoder, segments
+from fbi.policy import Policy, Site
+from fbi.quant import Ctx
+
+Params = dict[str, Any]
+
+
+@contextlib.contextmanager
+def _some_mesh() -> Iterator[None]:
+    """Enters a 1x1 mesh where none is set, so that a notebook needs none."""
+    if jax.sharding.get_abstract_mesh().empty:
+        with jax.set_mesh(mesh_1x1()):
+            yield
+    else:
+        yield
+
+
+def sites_of(config: ModelConfig) -> list[Site]:
+    """Every place of the model that a policy may name, in order."""
+    linear = shapes.linear_shapes(config)
+    block = [(name, linear.get(name)) for name in BLOCK_SITES]
+    layers = [Site(f"layers.{i}.{name}", shape) for i in range(config.layers) for name, shape in block]
+    head = Site("head", None if config.tied else (config.dim, config.vocab))
+    return [Site("embed", (config.vocab, config.dim)), *layers, head]
+
+
+class Model:
+    """A decoder under a policy. Parameters are plain nested dicts that the caller keeps; nothing here holds arrays."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        policy: Policy = Policy(),
+        *,
+        axes: Axes = Axes(),
+        remat: bool = False,
+        unroll: int = 1,
+    ):
+        shapes.check(config)
+        self.config, self.policy, self.axes, self.remat, self.unroll = config, policy, axes, remat, unroll
+        self.bound = policy.bind(self.sites, config.layers)
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every place that a policy may name, in order."""
+        return sites_of(self.config)
+
+    def _build(self, key: Array) -> Decoder:
+        return Decoder(self.config, self.bound, self.axes, nnx.Rngs(key))
+
+    @functools.cached_property
+    def _structure(self) -> Any:
+        with _some_mesh():
+            return nnx.graphdef(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
+
+    def _init(self, key: Array) -> Params:
+        return nnx.to_pure_dict(nnx.split(self._build(key), nnx.Param)[1])
+
+    def init(self, key: Array | int = 0) -> Params:
+        """Fresh parameters, each made where the mesh keeps it; `key` is a PRNG key or a seed."""
+        with _some_mesh():
+            return jax.jit(self._init)(jax.random.key(key) if isinstance(key, int) else key)
+
+    def abstract(self) -> Params:
+        """Shapes, types and shardings of the parameters on the mesh in use."""
+        with _some_mesh():
+            return jax.eval_shape(self._init, jax.random.key(0))
+
+    def apply(
+        self,
+        params: Params,
+        tokens: Int[Array, "b t"],
+        documents: Int[Array, "b t"] | None = None,
+        ctx: Ctx = Ctx(),
+    ) -> Float[Array, "b t v"]:
+        """Logits for the token after each position; attention stays within `documents` where they are given."""
+        positions = jnp.arange(tokens.shape[1])
+        with _some_mesh():
+            decoder = nnx.merge(self._structure, params)
+            where = Where(positions, positions, documents)
+            return decoder(tokens, where, ctx=ctx, remat=self.remat, unroll=self.unroll)[0]
+
+    def empty_cache(self, batch: int, length: int) -> dict[str, Cache]:
+        """Room for `length` positions of keys and values, by segment, [layers, b, s, g, k]."""
+        c = self.config
+        out: dict[str, Cache] = {}
+        with _some_mesh():
+            for start, stop in segments(self.bound, c.layers):
+                shape = (stop - start, batch, length, c.kv_heads, c.head_dim)
+                spec = jax.P(None, *self.axes.per_head)
+                k, v = (jnp.zeros(shape, c.dtype, out_sharding=spec) for _ in "kv")
+                out[f"layers_{start}_{stop}"] = Cache(k, v)
+        return out
+
+    def extend(
+        self, params: Params, tokens: Int[Array, "b t"], caches: dict[str, Cache], position: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "b t v"], dict[str, Cache]]:
+        """Logits for tokens at `position` and on, given the caches of what came before; and the caches with them."""
+        length = jax.tree.leaves(caches)[0].shape[2]
+        where = Where(position + jnp.arange(tokens.shape[1]), jnp.arange(length))
+        with _some_mesh():
+            logits, updated = nnx.merge(self._structure, params)(tokens, where, caches)
+        assert updated is not None
+        return logits, updated
+
+    def parameter_count(self) -> int:
+        """Every parameter, the learned scales of the policy included."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract()))
