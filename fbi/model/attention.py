@@ -69,7 +69,6 @@ def attention(
     k: Float[Array, "b s g k"],
     v: Float[Array, "b s g k"],
     where: Where,
-    axes: Axes,
     probs: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "b t h k"]:
     """Attention of each query to the keys at or before its position, within its document where documents are given.
@@ -95,9 +94,7 @@ def attention(
             default=lambda *rows: jax.vmap(lambda *row: one(row))(*rows),
         )
 
-    per_head, whole = axes.per_head, jax.P(None)
-    specs = Where(whole, whole, None if where.documents is None else jax.P(axes.batch, None))
-    return jax.shard_map(local, in_specs=(per_head, per_head, per_head, specs), out_specs=per_head)(q, k, v, where)
+    return jax.shard_map(local, out_specs=jax.typeof(q).sharding.spec)(q, k, v, where)
 
 
 class Attention(nnx.Module):
@@ -142,7 +139,7 @@ class Attention(nnx.Module):
         if self.probs_methods.activation != NONE:
             quantizer = self.probs_methods.activation.build("activation")
             probs = lambda p: quantizer.apply(p, {}, ctx)  # noqa: E731
-        mixed = attention(q, k, v, where, self.axes, probs)
+        mixed = attention(q, k, v, where, probs)
         mixed = jnp.reshape(mixed, (b, t, mixed.shape[2] * self.head_dim), out_sharding=hidden)
         if self.sub_norm is not None:
             mixed = self.sub_norm(mixed)

@@ -1,0 +1,119 @@
+"""Optimizers from optax: learning-rate schedules, what is decayed, clipping."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from fbi.errors import InputError
+
+Schedule = Callable[[Any], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule. The defaults of betas, decay and clipping are FBI-LLM's (arXiv 2407.07093, its code)."""
+
+    lr: float = 3e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd", "two-stage"] = "cosine"
+    """Cosine to `final`; warm-up, stable, decay; or BitNet's two stages."""
+    warmup: float = 0.1
+    """Linear warm-up from 0: a share of the run below 1, a number of steps from 1 on."""
+    final: float = 0.1
+    """The last learning rate as a share of the peak (cosine and wsd)."""
+    decay_share: float = 0.2
+    """wsd: the last share of the run, in which the rate falls linearly."""
+    second_lr: float = 2e-3
+    """two-stage: the peak of the second half."""
+    shape: Literal["linear", "cosine"] = "linear"
+    """two-stage: how the rate falls within the run."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled decay; two-stage switches it off at half."""
+    decay: Literal["latent", "everything"] = "latent"
+    """What is decayed: the latent matrices of the blocks, or every parameter as FBI-LLM's code does."""
+    clip: float = 1.0
+    """Global norm to which gradients are clipped; 0: never."""
+
+
+def check(config: OptimizerConfig) -> None:
+    """Refuses values out of range, naming the field."""
+    for name, low, high in (
+        ("lr", 0, None), ("second_lr", 0, None), ("warmup", 0, None), ("final", 0, 1), ("decay_share", 0, 1),
+        ("b1", 0, 1), ("b2", 0, 1), ("weight_decay", 0, None), ("clip", 0, None),
+    ):  # fmt: skip
+        value = getattr(config, name)
+        if not value >= low or (high is not None and value > high):
+            upper = f" and at most {high}" if high is not None else ""
+            raise InputError(f"optimizer.{name}={value} is out of range; it must be at least {low}{upper}")
+
+
+def warmup_steps(config: OptimizerConfig, steps: int) -> int:
+    """The number of warm-up steps of a run of that length."""
+    return round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> Schedule:
+    """The learning rate of optimizer step 0, 1, ... of a run of `steps`.
+
+    two-stage: BitNet b1.58's training tips; the rate falls to zero over the run along `shape`, with a step from the
+    first to the second peak at half. The tips print peaks, not the shape: linear is our default.
+    """
+    warm = warmup_steps(config, steps)
+    if config.schedule == "two-stage":
+        left = {
+            "linear": lambda share: 1 - share,
+            "cosine": lambda share: 0.5 * (1 + jnp.cos(jnp.pi * share)),
+        }[config.shape]
+
+        def two_stage(step: Any) -> Array:
+            share = jnp.clip(step / max(steps, 1), 0.0, 1.0)
+            peak = jnp.where(step < steps / 2, config.lr, config.second_lr)
+            return peak * left(share) * jnp.minimum(1.0, step / max(warm, 1))
+
+        return two_stage
+    rise = optax.linear_schedule(0.0, config.lr, warm)
+    if config.schedule == "cosine":
+        rest = optax.cosine_decay_schedule(config.lr, max(steps - warm, 1), alpha=config.final)
+        return optax.join_schedules([rise, rest], [warm])
+    # Warm-up, stable, decay: Hu et al., MiniCPM, arXiv 2404.06395, section 4.
+    falling = max(round(config.decay_share * steps), 1)
+    fall = optax.linear_schedule(config.lr, config.final * config.lr, falling)
+    return optax.join_schedules(
+        [rise, optax.constant_schedule(config.lr), fall], [warm, max(steps - falling, warm)]
+    )
+
+
+def weight_decay(config: OptimizerConfig, steps: int) -> Schedule:
+    """The decay of each step: constant, or 0 in the second half of two-stage."""
+    second = 0.0 if config.schedule == "two-stage" else config.weight_decay
+    return lambda step: jnp.where(step < steps / 2, config.weight_decay, second)
+
+
+def decay_mask(params: Any, decay: str) -> Any:
+    """A tree of booleans: what is decayed. `latent`: matrices `w` of the blocks, not scales, norms, embedding, head."""
+
+    def latent(path: tuple, leaf: Any) -> bool:
+        del leaf
+        keys = [entry.key for entry in path]
+        return keys[0].startswith("layers_") and keys[-1] == "w"
+
+    return jax.tree_util.tree_map_with_path(lambda p, x: decay == "everything" or latent(p, x), params)
+
+
+def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW with global-norm clipping; Loshchilov & Hutter, arXiv 1711.05101."""
+    check(config)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(weight_decay(config, steps), mask=lambda p: decay_mask(p, config.decay)),
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
+    )

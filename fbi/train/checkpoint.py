@@ -1,0 +1,169 @@
+"""Checkpoints: Orbax, asynchronous, verified on load, readable on any mesh."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, UInt32
+from orbax.checkpoint import v1 as ocp
+
+from fbi.errors import InputError
+from fbi.files import content_hash
+from fbi.train.step import State
+
+training = ocp.training
+
+
+def _leaf_sum(leaf: Array) -> UInt32[Array, ""]:
+    """A position-weighted sum of a leaf's bits modulo 2^32: the same on every mesh, as integers add in any order."""
+    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[leaf.dtype.itemsize]
+    bits = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(leaf, width)
+    bits = bits.astype(jnp.uint32)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+
+@jax.jit
+def _sums(tree: Any) -> list[Array]:
+    return [_leaf_sum(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def fingerprint(tree: Any) -> str:
+    """A short hash of every bit of a tree of arrays, independent of how they are sharded."""
+    return content_hash([int(s) for s in jax.device_get(_sums(tree))])
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be read, or whose content is not what was written."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `directory`. `host` is plain data that travels with the arrays."""
+
+    def __init__(self, directory: Path, *, keep_last: int = 1, keep_every: int = 0):
+        keep: list[Any] = [training.preservation_policies.LatestN(keep_last)]
+        if keep_every:
+            keep.append(training.preservation_policies.EveryNSteps(keep_every))
+        self.directory = directory.absolute()
+        self._orbax = training.Checkpointer(
+            self.directory,
+            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=training.preservation_policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def save(self, step: int, state: State, host: dict[str, Any]) -> None:
+        """Starts writing; returns once the arrays may be changed. A step that is there already is left as it is."""
+        if step in self.steps:
+            return
+        content = {"host": host, "bits": {name: fingerprint(tree) for name, tree in state.items()}}
+        self._orbax.save_checkpointables_async(
+            step, dict(state), custom_metadata=content | {"digest": content_hash(content)}, force=True
+        )
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that have a whole checkpoint, oldest first."""
+        return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
+
+    def close(self) -> None:
+        """Finishes writing and lets go of the folder."""
+        self._orbax.close()
+
+    def restore(self, abstract: State, say: Callable[[str], None]) -> tuple[int, State, dict[str, Any]] | None:
+        """The newest whole checkpoint as (step, state, host), onto the shardings of `abstract`; None where none is.
+
+        A damaged one (unreadable, or its bits are not those written) is reported through `say` and moved to the folder
+        `damaged` beside this one; the one before is taken. Other shapes than those of `abstract` are an `InputError`:
+        that is another model, not damage.
+        """
+        for step in reversed(self.steps):
+            try:
+                state, host = self.read(step, abstract)
+            except Damaged as damage:
+                aside = self._set_aside(step)
+                say(f"checkpoint {step} is damaged ({damage}); moved to {aside}, going back to the one before")
+                continue
+            return step, state, host
+        return None
+
+    def read(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
+        """The parts of a checkpoint that `abstract` names, and its host data.
+
+        Raises `Damaged` where they cannot be read or differ from what was written, `InputError` for other shapes.
+        """
+        try:
+            described = self._orbax.checkpointables_metadata(step)
+            found = {name: _shapes(described.metadata[name]) for name in abstract}
+        except Exception as error:  # Orbax and TensorStore raise many kinds for files they cannot read
+            raise Damaged(_first_line(error)) from error
+        content = dict(described.custom_metadata or {})
+        if content.pop("digest", None) != content_hash(content):
+            raise Damaged("its description does not match its digest")
+        for name, tree in abstract.items():
+            if problem := _difference(name, found[name], _shapes(tree)):
+                raise InputError(f"checkpoint {step} of {self.directory} is of another model: {problem}")
+        try:
+            state = self._orbax.load_checkpointables(step, dict(abstract))
+        except Exception as error:
+            raise Damaged(_first_line(error)) from error
+        for name in abstract:
+            if fingerprint(state[name]) != content["bits"][name]:
+                raise Damaged(f"the bits of its {name} are not those that were written")
+        return state, content["host"]
+
+    def _set_aside(self, step: int) -> Path:
+        folder = self.directory.parent / "damaged"
+        folder.mkdir(exist_ok=True)
+        target = next(t for i in range(1000) if not (t := folder / f"{step}-{i}").exists())
+        shutil.move(self.directory / str(step), target)
+        self._orbax.reload()
+        return target
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
+
+
+def _difference(name: str, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> str | None:
+    for path in dict.fromkeys([*wanted, *found]):
+        if wanted.get(path) != found.get(path):
+            return f"{name}{path} has shape {found.get(path)} there and {wanted.get(path)} here"
+    return None
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {_path(path): tuple(leaf.shape) for path, leaf in flat if hasattr(leaf, "shape")}
+
+
+def _path(path: tuple) -> str:
+    names = (getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", None))) for entry in path)
+    return "".join(f".{name}" for name in names)
+
+
+def load_params(directory: Path, abstract: Any, step: int | None = None) -> Any:
+    """The parameters of the newest (or named) checkpoint in `directory`, without its optimizer, as `abstract` has them.
+
+    Raises `InputError` where there is none, or where it is damaged.
+    """
+    if not directory.is_dir():
+        raise InputError(f"there are no checkpoints in {directory}")
+    checkpoints = Checkpoints(directory)
+    try:
+        steps = checkpoints.steps
+        if not steps or (step is not None and step not in steps):
+            raise InputError(f"no checkpoint {'' if step is None else step} in {directory}; it has {steps}")
+        chosen = steps[-1] if step is None else step
+        try:
+            return checkpoints.read(chosen, {"params": abstract})[0]["params"]
+        except Damaged as damage:
+            raise InputError(f"checkpoint {chosen} of {directory} is damaged: {damage}") from damage
+    finally:
+        checkpoints.close()

@@ -1,0 +1,233 @@
+"""A run from its configuration: checks, data, teacher, mesh, loop, result."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fbi.data.config as data_config
+from fbi import optim
+from fbi.data import Batches, Windows, prepare
+from fbi.errors import InputError
+from fbi.evaluate.perplexity import evaluate
+from fbi.files import read_json, write_json
+from fbi.loss import Loss
+from fbi.model import Model, Params
+from fbi.model.config import check as check_model
+from fbi.model.decoder import segments
+from fbi.policy import NONE, Policy
+from fbi.train import mesh as meshes
+from fbi.train.checkpoint import Checkpoints
+from fbi.train.load import build_model, load_teacher, starting_params
+from fbi.train.loop import Loop
+from fbi.train.progress import Reporter
+from fbi.train.run import Execution, Run
+from fbi.train.rundir import Metrics, begin, environment, locked
+from fbi.train.step import State, abstract_state, make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A finished run: where it is, and what it came to on the validation split."""
+
+    directory: Path
+    steps: int
+    loss: float
+    """Nats per token."""
+    perplexity: float
+    bits_per_byte: float
+
+
+def check(run: Run, execution: Execution = Execution()) -> None:
+    """Refuses a run that cannot be carried out, before anything is written or loaded."""
+    check_model(run.model)
+    data_config.check(run.data)
+    optim.check(run.optimizer)
+    build_model(run)
+    loss = Loss.parse(run.loss)
+    if loss.needs_teacher and not run.teacher:
+        raise InputError(f"loss={run.loss!r} needs a teacher; set teacher to the directory of a finished run")
+    if run.teacher and not loss.needs_teacher:
+        raise InputError(f"loss={run.loss!r} does not look at teacher={run.teacher!r}; drop it, or use loss=ad")
+    for name, value, least in (
+        ("steps", run.steps, 1),
+        ("guard.retries", run.guard.retries, 0),
+        ("accumulate", execution.accumulate, 1),
+        ("unroll", execution.unroll, 1),
+        ("checkpoint_every", execution.checkpoint_every, 1),
+        ("keep_last", execution.keep_last, 1),
+        ("keep_every", execution.keep_every, 0),
+        ("eval_every", execution.eval_every, 0),
+        ("eval_windows", execution.eval_windows, 0),
+        ("log_every", execution.log_every, 1),
+    ):
+        if value < least:
+            raise InputError(f"{name}={value} must be at least {least}")
+    if run.guard.spike <= 0:
+        raise InputError(f"guard.spike={run.guard.spike} must be above 0")
+    if run.data.window > run.model.context:
+        raise InputError(f"data.window={run.data.window} exceeds model.context={run.model.context}; lower it")
+    meshes.check(meshes.parse(execution.mesh, jax.device_count()), run.model, run.data.batch, execution.accumulate)
+
+
+def train(run: Run, directory: str | Path, execution: Execution = Execution()) -> Result:
+    """Carries out a run in a directory, or goes on with it, or returns its result where it is done.
+
+    Raises `InputError` for anything wrong with the input, `Stopped` after SIGTERM or SIGINT with a checkpoint on disk.
+    """
+    directory = Path(directory)
+    check(run, execution)
+    with locked(directory):
+        begin(directory, run)
+        if (directory / "done.json").exists():
+            return _result(directory)
+        return _train(run, directory, execution)
+
+
+def _result(directory: Path) -> Result:
+    done = read_json(directory / "done.json")
+    return Result(directory, done["steps"], done["loss"], done["perplexity"], done["bits_per_byte"])
+
+
+def _prepare(run: Run, execution: Execution) -> Windows:
+    """The data, with progress; the tokenizer must fit the model."""
+    with Reporter("data", 1, unit="document", line_every=execution.line_every) as reporter:
+
+        def progress(done: int, total: int, unit: str) -> None:
+            reporter.unit, reporter.total = unit, total
+            reporter.update(done)
+
+        windows = prepare(run.data, progress)
+    if windows.tokenizer.vocab > run.model.vocab:
+        raise InputError(
+            f"the tokenizer has {windows.tokenizer.vocab} tokens, model.vocab is {run.model.vocab}; "
+            f"set model.vocab={windows.tokenizer.vocab} or use a smaller tokenizer"
+        )
+    return windows
+
+
+def _train(run: Run, directory: Path, execution: Execution) -> Result:
+    windows = _prepare(run, execution)
+    model, loss = build_model(run, execution), Loss.parse(run.loss)
+    tx = optim.build(run.optimizer, run.steps)
+    schedule = optim.learning_rate(run.optimizer, run.steps)
+    mesh = meshes.make(meshes.parse(execution.mesh, jax.device_count()))
+    separator = windows.tokenizer.separator if run.data.mask_documents else None
+    with jax.set_mesh(mesh):
+        teacher, teacher_params = load_teacher(run, windows.tokenizer) if run.teacher else (None, None)
+        write_json(directory / "env.json", environment(execution))
+        write_json(directory / "summary.json", summarize(model, windows))
+        windows.tokenizer.save(directory / "tokenizer.json")
+        checkpoints = Checkpoints(
+            directory / "checkpoints", keep_last=execution.keep_last, keep_every=execution.keep_every
+        )
+        stream = windows.stream("validation")
+
+        def fresh() -> State:
+            params = starting_params(run, model)
+            return {"params": params, "opt": jax.jit(tx.init)(params)}
+
+        def batches(skipped: tuple[tuple[int, int], ...]) -> Batches:
+            return Batches(
+                windows,
+                batch=run.data.batch,
+                seed=run.data.seed,
+                skipped=skipped,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+
+        def rows(state: State, step: int, last: bool) -> list[dict[str, Any]]:
+            score = evaluate(
+                model,
+                state["params"],
+                stream,
+                token_bytes=windows.token_bytes,
+                window=run.data.window + 1,
+                stride=run.data.window,
+                batch=run.data.batch,
+                separator=separator,
+                limit=0 if last else execution.eval_windows,
+            )
+            found = {"loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
+            row = {"kind": "eval", "step": step, "split": "validation", **found, "tokens": score.tokens}
+            return [row, *scale_rows(model, state["params"], step)]
+
+        try:
+            with Reporter(run.name, run.steps, line_every=execution.line_every) as reporter:
+                final: list[dict[str, Any]] = []
+                Loop(
+                    run=run,
+                    execution=execution,
+                    mesh=mesh,
+                    step=make_step(
+                        model, loss, tx, teacher=teacher, accumulate=execution.accumulate, separator=separator
+                    ),
+                    fresh=fresh,
+                    abstract=abstract_state(model, tx),
+                    teacher_params=teacher_params,
+                    batches=batches,
+                    evaluate=lambda *at: final.__setitem__(slice(None), rows(*at)) or final,
+                    learning_rate=lambda step: float(schedule(step)),
+                    checkpoints=checkpoints,
+                    metrics=Metrics(directory / "metrics.jsonl"),
+                    reporter=reporter,
+                ).train()
+        finally:
+            checkpoints.close()
+    best = {name: final[0][name] for name in ("loss", "perplexity", "bits_per_byte")}
+    write_json(directory / "done.json", {"steps": run.steps, **best, "hash": run.hash})
+    return _result(directory)
+
+
+def summarize(model: Model, windows: Windows) -> dict[str, Any]:
+    """What a model costs and what its text is like: parameters, bits of the block matrices, bytes of a file."""
+    report = model.policy.report(model)
+    blocks = [row.bits for row in report.rows if row.bits and row.site.startswith("layers.")]
+    weights = sum(bits.weights for bits in blocks)
+    norms = model.parameter_count() - sum(
+        leaf.size
+        for path, leaf in jax.tree_util.tree_flatten_with_path(model.abstract())[0]
+        if path[-1].key != "scale"
+    )
+    return {
+        "parameters": model.parameter_count(),
+        "paper_bits_per_weight": sum(bits.paper for bits in blocks) / weights,
+        "stored_bits_per_weight": 8 * sum(bits.stored for bits in blocks) / weights,
+        "stored_megabytes": (report.stored_bytes + 4 * norms) / 1e6,
+        "unigram_entropy": windows.meta["unigram_entropy"],
+        "vocab": model.config.vocab,
+        "train_tokens": windows.meta["splits"]["train"]["tokens"],
+    }
+
+
+@jax.jit
+def _statistics(leaf: jax.Array) -> jax.Array:
+    flat = leaf.reshape(leaf.shape[0], -1)
+    return jnp.stack([flat.mean(1), flat.std(1), flat.min(1), flat.max(1)], 1)
+
+
+def scale_rows(model: Model, params: Params, step: int) -> list[dict[str, Any]]:
+    """A row for each site with learned scales: mean, std, min and max of each of its leaves."""
+    rows: dict[str, dict[str, Any]] = {}
+    for start, stop in segments(model.bound, model.config.layers):
+        flat, _ = jax.tree_util.tree_flatten_with_path(params[f"layers_{start}_{stop}"])
+        for path, leaf in flat:
+            names = [entry.key for entry in path]
+            if len(names) < 2 or names[-2] != "q":
+                continue
+            whole = jax.sharding.reshard(leaf, jax.P(*[None] * leaf.ndim))
+            for layer, numbers in enumerate(np.asarray(_statistics(whole)).tolist(), start):
+                site = f"layers.{layer}.{'.'.join(names[:-2])}"
+                row = rows.setdefault(site, {"kind": "scales", "step": step, "site": site})
+                row[names[-1]] = dict(zip(("mean", "std", "min", "max"), numbers, strict=True))
+    return [rows[site] for site in sorted(rows, key=_by_layer)]
+
+
+def _by_layer(site: str) -> tuple[int, str]:
+    found = re.match(r"layers\.(\d+)\.(.*)", site)
+    return (int(found[1]), found[2]) if found else (-1, site)

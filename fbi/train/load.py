@@ -1,0 +1,90 @@
+"""Trained weights back in: runs, teachers, starting points."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from fbi.data.tokenizer import Tokenizer
+from fbi.errors import InputError
+from fbi.model import Model, Params
+from fbi.model.axes import mesh_1x1
+from fbi.model.convert import adapt
+from fbi.model.convert_gguf import smollm2
+from fbi.model.convert_hf import load_safetensors
+from fbi.policy import Policy
+from fbi.train.checkpoint import load_params
+from fbi.train.rundir import read_run
+from fbi.train.run import Execution, Run
+from fbi.train.step import on_mesh
+
+PRETRAINED = "smollm2-135m"
+
+
+class Loaded(NamedTuple):
+    """A trained model: `model.apply(params, tokens)`, and the tokenizer it was trained with."""
+
+    model: Model
+    params: Params
+    tokenizer: Tokenizer
+
+
+def build_model(run: Run, execution: Execution = Execution()) -> Model:
+    """The model of a run."""
+    return Model(run.model, Policy.parse(run.policy), remat=execution.remat, unroll=execution.unroll)
+
+
+def load(directory: str | Path, step: int | None = None) -> Loaded:
+    """The model, parameters and tokenizer of a run directory, from its newest (or named) checkpoint.
+
+    Parameters land on the mesh in use, on one device where none is set. Raises `InputError` where the directory is no
+    run, or has no readable checkpoint.
+    """
+    directory = Path(directory)
+    run = read_run(directory)
+    model = build_model(run)
+    mesh = jax.sharding.get_mesh()
+    with jax.set_mesh(mesh_1x1() if mesh.empty else mesh):
+        params = load_params(directory / "checkpoints", on_mesh(model.abstract()), step)
+    return Loaded(model, params, Tokenizer.load(directory / "tokenizer.json"))
+
+
+def load_teacher(run: Run, tokenizer: Tokenizer) -> tuple[Model, Params]:
+    """The teacher of a run, frozen; an `InputError` where it is unfinished or speaks another vocabulary."""
+    directory = Path(run.teacher)
+    taught = read_run(directory)
+    if not (directory / "done.json").exists():
+        raise InputError(f"teacher {directory} is not finished; finish it with `fbi train {directory}`")
+    if taught.model.vocab != run.model.vocab:
+        raise InputError(
+            f"teacher {directory} has a vocabulary of {taught.model.vocab}, this run of {run.model.vocab}; "
+            "distillation needs the same tokens in both: use the same data.tokenizer and model.vocab"
+        )
+    loaded = load(directory)
+    if loaded.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise InputError(
+            f"teacher {directory} was trained with another tokenizer ({loaded.tokenizer.fingerprint}, here "
+            f"{tokenizer.fingerprint}); use its {directory / 'tokenizer.json'} as data.tokenizer"
+        )
+    if taught.data.window > loaded.model.config.context:
+        raise InputError(f"teacher {directory} has a context of {loaded.model.config.context}; use shorter windows")
+    return loaded.model, loaded.params
+
+
+def starting_params(run: Run, target: Model) -> Params:
+    """Parameters to start from, under the run's policy: at random from the seed, or those that `run.start` names."""
+    if not run.start:
+        return target.init(run.seed)
+    if run.start == PRETRAINED:
+        config, params, _ = smollm2()
+        source = Model(config)
+    elif (Path(run.start) / "checkpoints").is_dir():
+        source, params, _ = load(run.start)
+    elif Path(run.start).exists():
+        config, params = load_safetensors(run.start)
+        source = Model(config)
+    else:
+        raise InputError(
+            f"start={run.start!r} is neither a run directory, a folder of safetensors, nor {PRETRAINED!r}"
+        )
+    return adapt(params, source, target)

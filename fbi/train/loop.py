@@ -1,0 +1,199 @@
+"""The one training loop.
+
+The order of each turn is fixed: evaluate, save, next batch, step, log. Evaluation and checkpoint at step n see the
+state after n steps; metrics are read one step late, while the device is busy with the next; nothing is saved before
+the metrics of its step were read and found sound.
+"""
+
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from fbi.data.loader import Batches, merge_ranges
+from fbi.errors import InputError
+from fbi.train.checkpoint import Checkpoints
+from fbi.train.guard import Guard
+from fbi.train.mesh import put_batch
+from fbi.train.progress import Reporter
+from fbi.train.run import Execution, Run
+from fbi.train.rundir import Metrics
+from fbi.train.step import State, Step
+
+Rows = Callable[[State, int, bool], list[dict[str, Any]]]  # (state, step, last) -> rows of an evaluation
+
+
+class Stopped(Exception):
+    """A signal asked the run to end; its checkpoint is on disk."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped at step {step}; the same command continues")
+        self.step = step
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into a flag that the loop reads between steps; a second SIGINT ends at once."""
+
+    def __init__(self):
+        self.received: int | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+@dataclasses.dataclass
+class Loop:
+    """The parts of a run, put together; `train` carries it out."""
+
+    run: Run
+    execution: Execution
+    mesh: jax.sharding.Mesh
+    step: Step
+    fresh: Callable[[], State]
+    abstract: State
+    teacher_params: Any
+    batches: Callable[[tuple[tuple[int, int], ...]], Batches]
+    evaluate: Rows
+    learning_rate: Callable[[int], float]
+    checkpoints: Checkpoints
+    metrics: Metrics
+    reporter: Reporter
+
+    def __post_init__(self):
+        self.guard = Guard(self.run.guard)
+        self.skipped: tuple[tuple[int, int], ...] = ()
+        self.returns = 0
+        self.sums: dict[str, float] = {}  # of the row being gathered
+        self.since = time.perf_counter()
+        self.evaluated = -1  # the step whose evaluation is in the record
+
+    def train(self) -> State:
+        """Runs to the last step and returns the state; raises `Stopped` after a signal."""
+        with StopSignal() as stop:
+            state, step = self._resume()
+            iterator, pending = self._iterate(step), None
+            while True:
+                last = step == self.run.steps
+                save = last or stop.received is not None or self._due(self.execution.checkpoint_every, step)
+                look = last or self._due(self.execution.eval_every, step)
+                if pending and (save or look):
+                    fault, pending = self._log(pending), None
+                    if fault:
+                        state, step, iterator = self._go_back(step, fault)
+                        continue
+                if look and step != self.evaluated:
+                    self._evaluate(state, step, last)
+                if save and step != 0:
+                    self.checkpoints.save(step, state, self._host())
+                if last:
+                    return state
+                if stop.received is not None:
+                    raise Stopped(step)
+                tokens = put_batch(next(iterator), self.mesh)
+                progress = jax.device_put(np.float32(step / self.run.steps))
+                with jax.transfer_guard_host_to_device("disallow"):
+                    state, sums = self.step(state, self.teacher_params, tokens, progress)
+                step += 1
+                fault, pending = self._log(pending), (step, sums)
+                if fault:
+                    pending = None
+                    state, step, iterator = self._go_back(step - 1, fault)
+
+    def _due(self, every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _iterate(self, step: int) -> Iterator[np.ndarray]:
+        self.since = time.perf_counter()
+        return iter(self.batches(self.skipped).iterate(step))
+
+    def _host(self) -> dict[str, Any]:
+        return {"skipped": [list(r) for r in self.skipped], "sums": self.sums, "guard": self.guard.state}
+
+    def _resume(self, *, keep_events: bool = False) -> tuple[State, int]:
+        """The state to go on from and its step; the record is cut back to it."""
+        restored = self.checkpoints.restore(self.abstract, self._say)
+        if restored is None:
+            self.metrics.rewind(-1, keep_events)
+            self.guard, self.sums, self.evaluated = Guard(self.run.guard), {}, -1
+            self.reporter.restart(0)
+            return self.fresh(), 0
+        step, state, host = restored
+        self.metrics.rewind(step, keep_events)
+        self.guard.state, self.sums = host["guard"], dict(host["sums"])
+        self.skipped = tuple(merge_ranges([*self.skipped, *(tuple(r) for r in host["skipped"])]))
+        self.evaluated = step  # evaluation comes before saving: what was due at this step is in the record
+        self.reporter.restart(step)
+        self._say(f"continuing from step {step}")
+        return state, step
+
+    def _say(self, text: str) -> None:
+        self.reporter.say(f"{self.run.name}: {text}")
+
+    def _evaluate(self, state: State, step: int, last: bool) -> None:
+        began = time.perf_counter()
+        for row in self.evaluate(state, step, last):
+            self.metrics.append(row)
+            if row["kind"] == "eval" and last:
+                self._say(f"validation {row['loss']:.4f} nats/token, {row['bits_per_byte']:.4f} bits/byte")
+        self.since += time.perf_counter() - began  # evaluation is no part of the training rate
+        self.evaluated = step
+
+    def _log(self, pending: tuple[int, dict[str, jax.Array]] | None) -> str | None:
+        """Reads the metrics of a step, writes a row where one is due, and says what is wrong with the step, if anything."""
+        if pending is None:
+            return None
+        step, sums = pending[0], {name: float(value) for name, value in jax.device_get(pending[1]).items()}
+        loss = sums["loss"] / sums["count"]
+        if fault := self.guard.fault(loss, sums["grad_norm"]):
+            return fault
+        for name, value in (sums | {"steps": 1.0}).items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        now, tokens = time.perf_counter(), self.run.data.batch * self.run.data.window
+        rate = tokens * self.sums["steps"] / max(now - self.since, 1e-9)
+        self.reporter.update(step, f"loss {loss:.4f}, {rate:,.0f} tokens/s")
+        if self._due(self.execution.log_every, step) or step == self.run.steps:
+            gathered, self.sums = self.sums, {}
+            count, steps = gathered.pop("count"), gathered.pop("steps")
+            means = {"grad_norm": gathered.pop("grad_norm") / steps} | {k: v / count for k, v in gathered.items()}
+            times = {"time_step_s": (now - self.since) / steps, "time_tokens_per_s": rate}
+            lr = self.learning_rate(step - 1)
+            self.metrics.append({"kind": "train", "step": step, "tokens": step * tokens, **means, "lr": lr, **times})
+            self.since = now
+        return None
+
+    def _go_back(self, step: int, fault: str) -> tuple[State, int, Iterator[np.ndarray]]:
+        """Returns to the last checkpoint and skips the data from there to the fault; FBI-LLM, 2407.07093, section 4."""
+        self.returns += 1
+        if self.returns > self.run.guard.retries:
+            raise InputError(
+                f"{self.run.name}: at step {step} {fault}, after {self.run.guard.retries} returns to a checkpoint; "
+                "lower optimizer.lr, or raise guard.retries or guard.spike"
+            )
+        self._say(f"at step {step} {fault}; returning to the last checkpoint and skipping the data since")
+        before = self.batches(self.skipped)
+        state, restored = self._resume(keep_events=True)
+        first, end = before.position(restored), before.position(max(step - 1, restored)) + 1
+        self.skipped = tuple(merge_ranges([*self.skipped, (first, end)]))
+        text = f"{fault}; back to step {restored}, batches {first} to {end - 1} skipped"
+        self.metrics.append({"kind": "event", "step": restored, "what": "returned", "text": text})
+        return state, restored, self._iterate(restored)
+
+

@@ -1,0 +1,132 @@
+"""What is trained (`Run`, hashed) and how it is executed (`Execution`, free to change on resume); both as strict JSON."""
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from fbi.data.config import DataConfig
+from fbi.errors import InputError, unknown
+from fbi.files import content_hash
+from fbi.model.config import PRESETS, ModelConfig, preset
+from fbi.optim import OptimizerConfig
+
+FORMAT = 1  # of config.json
+Config = TypeVar("Config")
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """When training returns to its last checkpoint and skips the data since (FBI-LLM, arXiv 2407.07093, section 4)."""
+
+    spike: float = 2.0
+    """Nats by which a step's loss may exceed its running mean; a non-finite loss or gradient always counts."""
+    retries: int = 3
+    """How often in one run, before it is given up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that decides the numbers of a training run; its hash names them."""
+
+    name: str = "run"
+    """For tables and pictures."""
+    model: ModelConfig = PRESETS["nano"]
+    """The architecture; in JSON and in --set also the name of a preset."""
+    policy: str = "fbi"
+    """Which quantizer each site gets: a preset or rules."""
+    loss: str = "ce"
+    """ce, ad, mix, or a weighted sum such as '0.3*ce + 0.7*ad:temperature=2'."""
+    teacher: str = ""
+    """Run directory of the teacher, where the loss needs one."""
+    start: str = ""
+    """Where the weights start: '' at random, a run directory, 'smollm2-135m', or a folder of safetensors."""
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    guard: GuardConfig = GuardConfig()
+    steps: int = 500
+    """Optimizer steps."""
+    seed: int = 0
+    """Of the initialisation."""
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits that name this configuration."""
+        return content_hash(to_json(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a run is carried out. None of it may change the numbers beyond rounding, so it may change on resume."""
+
+    mesh: str = ""
+    """Axes and sizes, such as data=4,model=2; empty: every device on the data axis."""
+    accumulate: int = 1
+    """Parts in which a batch is computed, one after the other."""
+    remat: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    unroll: int = 4
+    """Layers unrolled in one turn of the scan."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """Checkpoints kept, the newest ones."""
+    keep_every: int = 0
+    """Steps of which every multiple's checkpoint is kept for good; 0: none."""
+    eval_every: int = 100
+    """Steps between evaluations on the validation split; 0: only at the end."""
+    eval_windows: int = 0
+    """Windows of the validation split that are evaluated during the run; 0: all. The end always takes all."""
+    log_every: int = 10
+    """Steps summed up in one row of metrics.jsonl."""
+    line_every: float = 10.0
+    """Seconds between progress lines where standard output is not a terminal."""
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config as plain data."""
+    return dataclasses.asdict(config)
+
+
+def from_json(kind: type[Config], data: Any, where: str = "") -> Config:
+    """A config from plain data; an unknown field or a value of another type is an `InputError` that names it."""
+    if kind is ModelConfig and isinstance(data, str):
+        return typing.cast(Config, preset(data))
+    if not isinstance(data, dict):
+        raise InputError(f"{where or 'the config'} must be an object with fields, not {data!r}")
+    hints = typing.get_type_hints(kind)
+    fields: dict[str, Any] = {}
+    for name, value in data.items():
+        path = f"{where}.{name}" if where else name
+        if name not in hints:
+            raise unknown("field", path, [f"{where}.{h}" if where else h for h in hints])
+        fields[name] = convert(hints[name], value, path)
+    return kind(**fields)
+
+
+def convert(hint: Any, value: Any, path: str) -> Any:
+    """`value` checked against the type of the field at `path`."""
+    if dataclasses.is_dataclass(hint):
+        return from_json(typing.cast(type, hint), value, path)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise unknown(path, value, get_args(hint))
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    expected = hint if isinstance(hint, type) else types.NoneType
+    if not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool):
+        raise InputError(f"{path}={value!r} is not {_name(expected)}")
+    return value
+
+
+def _name(kind: type) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, kind.__name__)
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """The fields in which two pieces of plain data differ, as 'data.batch: 8 -> 16'."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = dict.fromkeys([*old, *new])
+        return [d for n in names for d in differences(old.get(n), new.get(n), f"{where}.{n}" if where else n)]
+    return [] if old == new else [f"{where}: {old!r} -> {new!r}"]

@@ -1,0 +1,140 @@
+"""A run directory: config.json, env.json, metrics.jsonl, checkpoints/, tokenizer.json, summary.json, done.json."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fbi.errors import InputError
+from fbi.files import make_directory, read_json, write_json
+from fbi.train.run import FORMAT, Execution, Run, differences, from_json, to_json
+
+PACKAGES = ("fbi", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds a run directory for this process. The system drops the lock with the process, however that ends."""
+    make_directory(directory)
+    try:
+        file = (directory / ".lock").open("w")
+    except OSError as error:
+        raise InputError(f"cannot write in {directory}: {error.strerror}; choose a writable place") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{directory} is in use by another process; wait for it or stop it") from error
+        yield
+
+
+def read_run(directory: Path) -> Run:
+    """The Run that a directory was begun with; an `InputError` where it holds none, or one of another format."""
+    path = directory / "config.json"
+    if not path.exists():
+        raise InputError(f"{directory} is not a run directory: it has no config.json; `fbi train` makes one")
+    return parse_config(read_json(path), str(path))
+
+
+def parse_config(data: Any, where: str) -> Run:
+    """A Run from the content of a config file: `{"format": 1, "run": {...}}`."""
+    if not isinstance(data, dict) or "run" not in data:
+        raise InputError(f"{where} is not a run config: it needs the fields 'format' and 'run'")
+    if data.get("format") != FORMAT:
+        raise InputError(
+            f"{where} has format {data.get('format')!r}, this version of fbi reads format {FORMAT}; "
+            "start a new run directory, or use the version of fbi that its env.json names"
+        )
+    try:
+        return from_json(Run, data["run"])
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def begin(directory: Path, run: Run) -> None:
+    """Writes config.json, or checks that it is this Run's: another Run is refused with the fields that differ."""
+    path = directory / "config.json"
+    if path.exists():
+        changed = differences(to_json(read_run(directory)), to_json(run))
+        if changed:
+            raise InputError(
+                f"{directory} was begun with another run; it differs in {'; '.join(changed)}. "
+                "Use another directory, or give the same settings"
+            )
+        return
+    leftovers = [p.name for p in directory.iterdir() if p.name != ".lock"]
+    if leftovers:
+        raise InputError(f"{directory} is neither empty nor a run directory: it holds {', '.join(sorted(leftovers)[:5])}")
+    write_json(path, {"format": FORMAT, "run": to_json(run)})
+
+
+def environment(execution: Execution) -> dict[str, Any]:
+    """What surrounds the numbers: command, versions, commit, devices, how the run is executed."""
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "argv": sys.argv,
+        "execution": to_json(execution),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit.stdout.strip() or None,
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
+        "processes": jax.process_count(),
+    }
+
+
+class Metrics:
+    """metrics.jsonl, the record of a run: one JSON object a line, appended."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Adds a row and flushes it; an `InputError` where the disk refuses."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}; free some space and start again") from error
+
+    def rewind(self, step: int, keep_events: bool = False) -> None:
+        """Cuts what lies past a restored step: later rows, a torn last line, and the events since that checkpoint.
+
+        `keep_events` keeps these, as history, where the process itself goes back.
+        """
+        if not self.path.exists():
+            return
+        rows = [row for line in self.path.read_bytes().splitlines(keepends=True) if (row := _row(line)) is not None]
+        kept = [
+            row
+            for row in rows
+            if row["step"] < step or (keep_events if row["kind"] == "event" else row["step"] == step)
+        ]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        return json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+
+

@@ -1,0 +1,98 @@
+"""The training step: loss, gradient, update, compiled once, its state donated."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from fbi.loss import Loss, Outputs
+from fbi.model import Model, Params
+from fbi.quant import Ctx
+
+State = dict[str, Any]  # {"params": ..., "opt": ...}
+Step = Callable[..., tuple[State, dict[str, Array]]]
+
+
+def init_state(model: Model, tx: optax.GradientTransformation, key: Array) -> State:
+    """Fresh parameters and optimizer state, each leaf made where the mesh in use keeps it."""
+    params = model.init(key)
+    return {"params": params, "opt": jax.jit(tx.init)(params)}
+
+
+def abstract_state(model: Model, tx: optax.GradientTransformation) -> State:
+    """Shapes, types and shardings of the state on the mesh in use."""
+    params = model.abstract()
+    return on_mesh({"params": params, "opt": jax.eval_shape(tx.init, params)})
+
+
+def on_mesh(abstract: Any) -> Any:
+    """Abstract arrays with their shardings on the concrete mesh in use, as a checkpoint is restored to."""
+    mesh = jax.sharding.get_mesh()
+
+    def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = x.sharding.spec if x.sharding else jax.P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    return jax.tree.map(concrete, abstract)
+
+
+def documents_of(inputs: Int[Array, "b t"], separator: int | None) -> Int[Array, "b t"] | None:
+    """The number of each token's document within its window; None where attention may cross documents."""
+    return None if separator is None else jnp.cumsum(inputs == separator, axis=1)
+
+
+def make_step(
+    model: Model,
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    *,
+    teacher: Model | None = None,
+    accumulate: int = 1,
+    separator: int | None = None,
+) -> Step:
+    """The compiled step (state, teacher_params, tokens [b, t+1], progress) -> (state, sums).
+
+    Sums are over the batch: `loss`, `ce`, `floor` (with a teacher), `count` of predictions; `grad_norm` before
+    clipping. The batch is computed in `accumulate` parts whose gradients add up to that of the whole.
+    """
+
+    def objective(
+        params: Params, teacher_params: Params | None, tokens: Array, progress: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+        documents = documents_of(inputs, separator)
+        logits = model.apply(params, inputs, documents, Ctx(progress))
+        taught = None if teacher is None else teacher.apply(teacher_params or {}, inputs, documents)
+        total, sums = loss(Outputs(logits, labels, taught))
+        return total / (labels.size * accumulate), sums
+
+    gradient = jax.grad(objective, has_aux=True)
+
+    def whole(
+        params: Params, teacher_params: Params | None, tokens: Array, progress: Array
+    ) -> tuple[Params, dict[str, Array]]:
+        if accumulate == 1:
+            return gradient(params, teacher_params, tokens, progress)
+        b, t = tokens.shape
+        # Rows are dealt out in turn, so that every part keeps its share of each device.
+        parts = tokens.reshape(b // accumulate, accumulate, t).swapaxes(0, 1)
+        first = gradient(params, teacher_params, parts[0], progress)
+
+        def add(total: Any, part: Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(params, teacher_params, part, progress)), None
+
+        return jax.lax.scan(add, first, parts[1:])[0]
+
+    def step(
+        state: State, teacher_params: Params | None, tokens: Int[Array, "b t"], progress: Float[Array, ""]
+    ) -> tuple[State, dict[str, Array]]:
+        gradients, sums = whole(state["params"], teacher_params, tokens, progress)
+        updates, opt = tx.update(gradients, state["opt"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        count = jnp.asarray(tokens.shape[0] * (tokens.shape[1] - 1))
+        return {"params": params, "opt": opt}, sums | {"count": count, "grad_norm": optax.global_norm(gradients)}
+
+    return jax.jit(step, donate_argnums=0)
