@@ -10,12 +10,11 @@ probabilities (`layers.3.attn.probs`) are operands of no weight: only a glob tha
 
 import dataclasses
 import re
-import sys
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from fbi.callable_module import make_callable
 from fbi.errors import InputError, unknown
+from fbi.lazy import make_callable
 from fbi.quant import BitReport, Method
 
 NONE = Method("none")
@@ -29,6 +28,7 @@ class Site(NamedTuple):
     weight: tuple[int, int] | None
 
 
+@runtime_checkable
 class HasSites(Protocol):
     """A model, as far as a policy needs to know it."""
 
@@ -230,4 +230,4 @@ PRESETS: dict[str, str] = {
     "bitnet-b158": _BLOCK.replace("{m}", "w=bitnet-b158;a=absmax:bits=8"),
 }
 
-make_callable(sys.modules[__name__], Policy.parse)
+make_callable(__name__, Policy.parse)

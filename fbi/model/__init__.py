@@ -1,21 +1,31 @@
-"""Models: a Llama-type decoder whose linear layers are given their quantizers by a policy. `fbi.model(...)` makes one."""
+"""Models: a Llama-type decoder whose linear layers are given their quantizers by a policy.
+
+Calling the module makes one: `fbi.model("nano", policy="fbi", layers=2)`.
+"""
 
 import dataclasses
-import sys
+from typing import TYPE_CHECKING
 
-from fbi.callable_module import make_callable
+from fbi.lazy import lazy_names, make_callable
 from fbi.model.config import ModelConfig as ModelConfig
 from fbi.model.config import preset as preset
-from fbi.model.functional import Model as Model
-from fbi.model.functional import Params as Params
-from fbi.policy import Policy
+
+if TYPE_CHECKING:
+    from fbi.model.functional import Model as Model
+    from fbi.model.functional import Params as Params
+    from fbi.policy import Policy
 
 
-def build(model: str | ModelConfig, policy: str | Policy = "fp", **changes: object) -> Model:
-    """The model of that preset (or config) under that policy; `changes` replace fields: `fbi.model("nano", layers=2)`."""
+def build(model: str | ModelConfig, policy: "str | Policy" = "fp", **changes: object) -> "Model":
+    """The model of that preset (or config) under that policy; `changes` replace fields of the config."""
+    from fbi.model.functional import Model
+    from fbi.policy import Policy
+
     config = preset(model) if isinstance(model, str) else model
     fields: dict = dict(changes)
-    return Model(dataclasses.replace(config, **fields), Policy.parse(policy) if isinstance(policy, str) else policy)
+    rules = Policy.parse(policy) if isinstance(policy, str) else policy
+    return Model(dataclasses.replace(config, **fields), rules)
 
 
-make_callable(sys.modules[__name__], build)
+__getattr__ = lazy_names("fbi.model", {"Model": "fbi.model.functional", "Params": "fbi.model.functional"})
+make_callable(__name__, build)

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,14 +22,26 @@ from fbi.quant import Ctx
 Params = dict[str, Any]
 
 
+def _no_mesh() -> bool:
+    return jax.sharding.get_abstract_mesh().empty
+
+
 @contextlib.contextmanager
 def _some_mesh() -> Iterator[None]:
     """Enters a 1x1 mesh where none is set, so that a notebook needs none."""
-    if jax.sharding.get_abstract_mesh().empty:
-        with jax.set_mesh(mesh_1x1()):
-            yield
-    else:
+    with jax.set_mesh(mesh_1x1()) if _no_mesh() else contextlib.nullcontext():
         yield
+
+
+def _compiled(function: Callable) -> Callable:
+    """`function` compiled under a 1x1 mesh: where none is set, only inside jit may a transformation enter one."""
+
+    @jax.jit
+    def call(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh_1x1().abstract_mesh) if _no_mesh() else contextlib.nullcontext():
+            return function(*args)
+
+    return call
 
 
 def sites_of(config: ModelConfig) -> list[Site]:
@@ -67,7 +79,8 @@ class Model:
 
     @functools.cached_property
     def _structure(self) -> Any:
-        with _some_mesh():
+        inside = _some_mesh() if _no_mesh() and jax.core.trace_state_clean() else contextlib.nullcontext()
+        with inside:
             return nnx.graphdef(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
 
     def _init(self, key: Array) -> Params:
@@ -91,11 +104,17 @@ class Model:
         ctx: Ctx = Ctx(),
     ) -> Float[Array, "b t v"]:
         """Logits for the token after each position; attention stays within `documents` where they are given."""
+        return (self._apply_alone if _no_mesh() else self._apply)(params, tokens, documents, ctx)
+
+    def _apply(self, params: Params, tokens: Array, documents: Array | None, ctx: Ctx) -> Array:
         positions = jnp.arange(tokens.shape[1])
-        with _some_mesh():
-            decoder = nnx.merge(self._structure, params)
-            where = Where(positions, positions, documents)
-            return decoder(tokens, where, ctx=ctx, remat=self.remat, unroll=self.unroll)[0]
+        where = Where(positions, positions, documents)
+        decoder = nnx.merge(self._structure, params)
+        return decoder(tokens, where, ctx=ctx, remat=self.remat, unroll=self.unroll)[0]
+
+    @functools.cached_property
+    def _apply_alone(self) -> Callable:
+        return _compiled(self._apply)
 
     def empty_cache(self, batch: int, length: int) -> dict[str, Cache]:
         """Room for `length` positions of keys and values, by segment, [layers, b, s, g, k]."""
@@ -113,12 +132,18 @@ class Model:
         self, params: Params, tokens: Int[Array, "b t"], caches: dict[str, Cache], position: Int[Array, ""] | int
     ) -> tuple[Float[Array, "b t v"], dict[str, Cache]]:
         """Logits for tokens at `position` and on, given the caches of what came before; and the caches with them."""
+        return (self._extend_alone if _no_mesh() else self._extend)(params, tokens, caches, position)
+
+    def _extend(
+        self, params: Params, tokens: Array, caches: dict[str, Cache], position: Array | int
+    ) -> tuple[Array, dict[str, Cache] | None]:
         length = jax.tree.leaves(caches)[0].shape[2]
         where = Where(position + jnp.arange(tokens.shape[1]), jnp.arange(length))
-        with _some_mesh():
-            logits, updated = nnx.merge(self._structure, params)(tokens, where, caches)
-        assert updated is not None
-        return logits, updated
+        return nnx.merge(self._structure, params)(tokens, where, caches)
+
+    @functools.cached_property
+    def _extend_alone(self) -> Callable:
+        return _compiled(self._extend)
 
     def parameter_count(self) -> int:
         """Every parameter, the learned scales of the policy included."""

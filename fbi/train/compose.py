@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import fbi.data.config as data_config
 from fbi import optim
 from fbi.data import Batches, Windows, prepare
+from fbi.data import config as data_config
 from fbi.errors import InputError
 from fbi.evaluate.perplexity import evaluate
 from fbi.files import read_json, write_json
@@ -19,7 +19,6 @@ from fbi.loss import Loss
 from fbi.model import Model, Params
 from fbi.model.config import check as check_model
 from fbi.model.decoder import segments
-from fbi.policy import NONE, Policy
 from fbi.train import mesh as meshes
 from fbi.train.checkpoint import Checkpoints
 from fbi.train.load import build_model, load_teacher, starting_params
@@ -75,10 +74,7 @@ def check(run: Run, execution: Execution = Execution()) -> None:
 
 
 def train(run: Run, directory: str | Path, execution: Execution = Execution()) -> Result:
-    """Carries out a run in a directory, or goes on with it, or returns its result where it is done.
-
-    Raises `InputError` for anything wrong with the input, `Stopped` after SIGTERM or SIGINT with a checkpoint on disk.
-    """
+    """`fbi.train.train`, which this implements."""
     directory = Path(directory)
     check(run, execution)
     with locked(directory):
@@ -190,9 +186,7 @@ def summarize(model: Model, windows: Windows) -> dict[str, Any]:
     blocks = [row.bits for row in report.rows if row.bits and row.site.startswith("layers.")]
     weights = sum(bits.weights for bits in blocks)
     norms = model.parameter_count() - sum(
-        leaf.size
-        for path, leaf in jax.tree_util.tree_flatten_with_path(model.abstract())[0]
-        if path[-1].key != "scale"
+        leaf.size for path, leaf in jax.tree_util.tree_flatten_with_path(model.abstract())[0] if path[-1].key != "scale"
     )
     return {
         "parameters": model.parameter_count(),

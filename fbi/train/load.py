@@ -14,8 +14,8 @@ from fbi.model.convert_gguf import smollm2
 from fbi.model.convert_hf import load_safetensors
 from fbi.policy import Policy
 from fbi.train.checkpoint import load_params
-from fbi.train.rundir import read_run
 from fbi.train.run import Execution, Run
+from fbi.train.rundir import read_run
 from fbi.train.step import on_mesh
 
 PRETRAINED = "smollm2-135m"
@@ -84,7 +84,5 @@ def starting_params(run: Run, target: Model) -> Params:
         config, params = load_safetensors(run.start)
         source = Model(config)
     else:
-        raise InputError(
-            f"start={run.start!r} is neither a run directory, a folder of safetensors, nor {PRETRAINED!r}"
-        )
+        raise InputError(f"start={run.start!r} is neither a run directory, a folder of safetensors, nor {PRETRAINED!r}")
     return adapt(params, source, target)

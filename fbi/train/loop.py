@@ -195,5 +195,3 @@ class Loop:
         text = f"{fault}; back to step {restored}, batches {first} to {end - 1} skipped"
         self.metrics.append({"kind": "event", "step": restored, "what": "returned", "text": text})
         return state, restored, self._iterate(restored)
-
-

@@ -9,7 +9,7 @@ from fbi.data.config import DataConfig
 from fbi.errors import InputError, unknown
 from fbi.files import content_hash
 from fbi.model.config import PRESETS, ModelConfig, preset
-from fbi.optim import OptimizerConfig
+from fbi.optim.config import OptimizerConfig
 
 FORMAT = 1  # of config.json
 Config = TypeVar("Config")

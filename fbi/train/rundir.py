@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,9 @@ def begin(directory: Path, run: Run) -> None:
         return
     leftovers = [p.name for p in directory.iterdir() if p.name != ".lock"]
     if leftovers:
-        raise InputError(f"{directory} is neither empty nor a run directory: it holds {', '.join(sorted(leftovers)[:5])}")
+        raise InputError(
+            f"{directory} is neither empty nor a run directory: it holds {', '.join(sorted(leftovers)[:5])}"
+        )
     write_json(path, {"format": FORMAT, "run": to_json(run)})
 
 
@@ -136,5 +138,3 @@ def _row(line: bytes) -> dict[str, Any] | None:
         return json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
-
-

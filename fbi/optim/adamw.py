@@ -1,58 +1,16 @@
 """Optimizers from optax: learning-rate schedules, what is decayed, clipping."""
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from fbi.errors import InputError
+from fbi.optim.config import OptimizerConfig, check
 
 Schedule = Callable[[Any], Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and its schedule. The defaults of betas, decay and clipping are FBI-LLM's (arXiv 2407.07093, its code)."""
-
-    lr: float = 3e-3
-    """Peak learning rate."""
-    schedule: Literal["cosine", "wsd", "two-stage"] = "cosine"
-    """Cosine to `final`; warm-up, stable, decay; or BitNet's two stages."""
-    warmup: float = 0.1
-    """Linear warm-up from 0: a share of the run below 1, a number of steps from 1 on."""
-    final: float = 0.1
-    """The last learning rate as a share of the peak (cosine and wsd)."""
-    decay_share: float = 0.2
-    """wsd: the last share of the run, in which the rate falls linearly."""
-    second_lr: float = 2e-3
-    """two-stage: the peak of the second half."""
-    shape: Literal["linear", "cosine"] = "linear"
-    """two-stage: how the rate falls within the run."""
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    """Decoupled decay; two-stage switches it off at half."""
-    decay: Literal["latent", "everything"] = "latent"
-    """What is decayed: the latent matrices of the blocks, or every parameter as FBI-LLM's code does."""
-    clip: float = 1.0
-    """Global norm to which gradients are clipped; 0: never."""
-
-
-def check(config: OptimizerConfig) -> None:
-    """Refuses values out of range, naming the field."""
-    for name, low, high in (
-        ("lr", 0, None), ("second_lr", 0, None), ("warmup", 0, None), ("final", 0, 1), ("decay_share", 0, 1),
-        ("b1", 0, 1), ("b2", 0, 1), ("weight_decay", 0, None), ("clip", 0, None),
-    ):  # fmt: skip
-        value = getattr(config, name)
-        if not value >= low or (high is not None and value > high):
-            upper = f" and at most {high}" if high is not None else ""
-            raise InputError(f"optimizer.{name}={value} is out of range; it must be at least {low}{upper}")
 
 
 def warmup_steps(config: OptimizerConfig, steps: int) -> int:
@@ -86,9 +44,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Schedule:
     # Warm-up, stable, decay: Hu et al., MiniCPM, arXiv 2404.06395, section 4.
     falling = max(round(config.decay_share * steps), 1)
     fall = optax.linear_schedule(config.lr, config.final * config.lr, falling)
-    return optax.join_schedules(
-        [rise, optax.constant_schedule(config.lr), fall], [warm, max(steps - falling, warm)]
-    )
+    return optax.join_schedules([rise, optax.constant_schedule(config.lr), fall], [warm, max(steps - falling, warm)])
 
 
 def weight_decay(config: OptimizerConfig, steps: int) -> Schedule:

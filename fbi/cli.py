@@ -1,0 +1,331 @@
+"""The command line: `fbi COMMAND --help` shows each with an example."""
+
+import contextlib
+import io
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fbi.errors import InputError
+from fbi.train.run import Execution
+
+EXIT_INPUT = 2  # something was wrong with the input; one line on standard error says what
+EXIT_STOPPED = 75  # stopped by a signal, the checkpoint is on disk: the same command continues
+
+RunDirectory = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
+Config = Annotated[str, tyro.conf.arg(metavar="FILE")]
+Set = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="set", metavar="FIELD=VALUE")]
+Flat = Annotated[Execution, tyro.conf.arg(name="")]
+
+
+def _configured(directory: Path | None, config: str, assignments: Sequence[str]):
+    """The Run that a file, the directory or the defaults give, with single fields replaced."""
+    import dataclasses
+
+    from fbi.experiment import Run, overlay
+    from fbi.files import read_json
+    from fbi.train.rundir import parse_config, read_run
+
+    if config:
+        run = parse_config(read_json(Path(config)), config)
+    elif directory is not None and (directory / "config.json").exists():
+        run = read_run(directory)
+    else:
+        run = Run() if directory is None else dataclasses.replace(Run(), name=directory.resolve().name)
+    return overlay(run, assignments)
+
+
+def demo(directory: Path = Path("runs/demo"), steps: int = 500, execution: Flat = Execution()) -> None:
+    """What one bit costs: teacher and two binarized students on real text, a table, a picture, samples.
+
+    For example: fbi demo --directory runs/demo. Interrupted, it continues; finished, it shows its result at once.
+
+    Args:
+        directory: Where runs, table and picture go.
+        steps: Optimizer steps of each of the three runs, 4,096 tokens each.
+        execution: How the runs are executed.
+    """
+    from fbi.demo import demo
+
+    demo(directory, steps, execution)
+
+
+def data(config: Config = "", assignments: Set = ()) -> None:
+    """Prepare a corpus: text, tokenizer, packed windows, all cached; print what came out.
+
+    For example: fbi data --set data.corpus=text:books/ --set data.tokenizer=bpe:2048
+
+    Args:
+        config: A config.json whose data part is used.
+        assignments: Replaces a field, such as data.window=256.
+    """
+    from fbi.data import prepare
+    from fbi.report.table import Column, Table
+    from fbi.train.progress import Reporter
+
+    run = _configured(None, config, assignments)
+    with Reporter("data", 1, unit="document") as reporter:
+
+        def progress(done: int, total: int, unit: str) -> None:
+            reporter.unit, reporter.total = unit, total
+            reporter.update(done)
+
+        windows = prepare(run.data, progress)
+    names = ("documents", "bytes", "tokens", "windows")
+    rows = [[split, *(part[n] for n in names)] for split, part in windows.meta["splits"].items()]
+    notes = [
+        f"vocabulary {windows.meta['vocab']}, window {windows.meta['window']}, "
+        f"unigram entropy {windows.meta['unigram_entropy']:.4f} nats/token",
+        f"in {windows.folder}",
+    ]
+    table = Table([Column("split"), *(Column(n, ",d") for n in names)], rows, title=run.data.corpus, notes=notes)
+    print(table.terminal())
+
+
+def train(directory: RunDirectory, config: Config = "", assignments: Set = (), execution: Flat = Execution()) -> None:
+    """Train, continue, or (when done) do nothing: what the directory's config says.
+
+    For example: fbi train runs/first --set policy=bitnet-b158 --set steps=200 --mesh data=1
+
+    Args:
+        directory: The run directory; begun if it is not there yet.
+        config: A file {"format": 1, "run": {...}}, as config.json of a run directory.
+        assignments: Replaces a field of the run, such as data.batch=8 or model=micro; `fbi show` prints them all.
+        execution: How the run is executed; may change when it continues.
+    """
+    from fbi.train import train
+
+    run = _configured(directory, config, assignments)
+    result = train(run, directory, execution)
+    print(
+        f"{run.name}: done, {result.steps} steps, validation {result.loss:.4f} nats/token, "
+        f"perplexity {result.perplexity:.2f}, {result.bits_per_byte:.4f} bits/byte; {directory}"
+    )
+
+
+def evaluate(
+    directory: RunDirectory, split: str = "validation", window: int = 0, stride: int = 0, batch: int = 32
+) -> None:
+    """Held-out loss, perplexity and bits per byte of a run.
+
+    For example: fbi eval runs/first --split test --window 128 --stride 64
+
+    Args:
+        directory: A run directory with a checkpoint.
+        split: Which part of its corpus: train, validation or test.
+        window: Tokens in a window; 0 takes the training window and one.
+        stride: Tokens between windows; 0 scores every token once; the window itself is FBI-LLM's protocol.
+        batch: Windows computed at once.
+    """
+    from fbi.data import prepare
+    from fbi.errors import unknown
+    from fbi.evaluate.perplexity import evaluate
+    from fbi.report.table import Column, Table
+    from fbi.train import load
+    from fbi.train.rundir import read_run
+
+    run = read_run(directory)
+    model, params, tokenizer = load(directory)
+    windows = prepare(run.data)
+    if windows.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise InputError(f"the data of {directory} now gives another tokenizer; its corpus has changed since training")
+    if split not in windows.meta["splits"]:
+        raise unknown("split", split, windows.meta["splits"])
+    window = window or run.data.window + 1
+    score = evaluate(
+        model,
+        params,
+        windows.stream(split),
+        token_bytes=windows.token_bytes,
+        window=window,
+        stride=stride or window - 1,
+        batch=batch,
+        separator=tokenizer.separator if run.data.mask_documents else None,
+    )
+    names = (("nats/token", ".4f"), ("perplexity", ".2f"), ("bits/byte", ".4f"), ("tokens", ",d"), ("windows", ",d"))
+    row = [split, score.loss, score.perplexity, score.bits_per_byte, score.tokens, score.windows]
+    print(Table([Column("split"), *(Column(*name) for name in names)], [row], title=str(directory)).terminal())
+
+
+def generate(
+    directory: RunDirectory,
+    prompt: str = "The people of the United States",
+    tokens: int = 100,
+    temperature: float = 0.8,
+    top_p: float = 0.9,
+    seed: int = 0,
+) -> None:
+    """Text from a trained run.
+
+    For example: fbi generate runs/first --prompt "My fellow citizens" --temperature 0
+
+    Args:
+        directory: A run directory with a checkpoint.
+        prompt: The text to continue.
+        tokens: How many tokens to add at most.
+        temperature: 0 takes the likeliest token each time.
+        top_p: Draw from the fewest tokens that together have this probability.
+        seed: Of the draws.
+    """
+    from fbi.evaluate.generate import generate
+    from fbi.train import load
+
+    model, params, tokenizer = load(directory)
+    options = {"tokens": tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    print(prompt + generate(model, params, tokenizer, prompt, **options))
+
+
+def methods() -> None:
+    """Every quantization method: roles, options, paper.
+
+    For example: fbi methods
+    """
+    from fbi.quant import REGISTRY
+    from fbi.quant.registry import allowed_text
+    from fbi.report.table import Column, Table
+
+    rows = [
+        [
+            name,
+            ", ".join(entry.roles),
+            ", ".join(f"{o}={str(p.default).lower()} ({allowed_text(p)})" for o, p in entry.options.items()) or None,
+            entry.summary,
+            entry.paper,
+        ]
+        for name, entry in sorted(REGISTRY.items())
+    ]
+    columns = [Column(name) for name in ("method", "roles", "options", "what it is", "source")]
+    print(Table(columns, rows, title="methods").terminal(_width()))
+
+
+def policy(
+    text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="POLICY")] = "fbi", model: str = "nano"
+) -> None:
+    """What a policy gives every site of a model, with bits and megabytes.
+
+    For example: fbi policy "layers.{0,-1}.*: w=none | layers.*: w=fbi" --model fbi-130m
+
+    Args:
+        text: A preset (fp, fbi, bitnet-b158) or rules.
+        model: The name of a model preset.
+    """
+    import fbi.model
+    from fbi.policy import Policy
+
+    print(Policy.parse(text).report(fbi.model.build(model)))
+
+
+def models() -> None:
+    """Every model preset with its shape and exact parameter count.
+
+    For example: fbi models
+    """
+    from fbi.model.config import PRESETS, count_parameters
+    from fbi.report.table import Column, Table
+
+    shape = ("dim", "layers", "heads", "kv_heads", "ff", "vocab")
+    rows = [
+        [name, *(getattr(c, f) for f in shape), c.norm, count_parameters(c).non_embedding, count_parameters(c).total]
+        for name, c in PRESETS.items()
+    ]
+    columns = [Column("model"), *(Column(f, "d") for f in shape), Column("norm")]
+    columns += [Column("non-embedding", ",d"), Column("parameters", ",d")]
+    print(Table(columns, rows, title="model presets (learned scales of a policy come on top)").terminal())
+
+
+def show(directory: RunDirectory, picture: str = "curves.png") -> None:
+    """A run's configuration, progress and losses, with its curves drawn here and as a picture.
+
+    For example: fbi show runs/first
+
+    Args:
+        directory: A run directory.
+        picture: File name of the picture in the run directory; empty for none.
+    """
+    from fbi.report.show import show
+
+    show(directory, picture=picture or None)
+
+
+COMMANDS = {
+    "demo": demo, "data": data, "train": train, "eval": evaluate, "generate": generate,
+    "methods": methods, "policy": policy, "models": models, "show": show,
+}  # fmt: skip
+
+
+def _width() -> int:
+    import shutil
+
+    return shutil.get_terminal_size((160, 40)).columns if sys.stdout.isatty() else 0
+
+
+def _parse_and_run(arguments: Sequence[str]) -> None:
+    """Runs the command; a flag that does not parse becomes an `InputError` of one line."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            command = tyro.extras.subcommand_cli_from_dict(
+                {name: _deferred(function) for name, function in COMMANDS.items()},
+                prog="fbi",
+                description="Train, distil, tabulate low-bit language models. For example: fbi demo",
+                args=arguments,
+                config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
+            )
+        except SystemExit as end:
+            if not end.code:
+                raise
+            words = " ".join(re.sub(r"[─│╭╮╰╯┌┐└┘]", " ", said.getvalue()).split())
+            raise InputError(words or "the arguments do not parse; see fbi --help") from None
+    command()
+
+
+def _deferred(function):
+    """The function with its signature, which when called returns the call to make: parsing comes apart from running."""
+    import functools
+
+    @functools.wraps(function)
+    def bound(*args, **kwargs):
+        return functools.partial(function, *args, **kwargs)
+
+    return bound
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0, 2 for bad input, 75 when stopped by a signal."""
+    try:
+        _parse_and_run(sys.argv[1:] if arguments is None else arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+    except InputError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if os.environ.get("FBI_DEBUG"):
+            raise
+        return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except KeyboardInterrupt:
+        print("fbi: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        from fbi.train.loop import Stopped
+
+        if not isinstance(error, Stopped):
+            raise
+        print(f"fbi: {error}", file=sys.stderr)
+        return EXIT_STOPPED
+    return 0
+
+
+def _fail(text: str) -> int:
+    print("fbi: error: " + " ".join(text.split()), file=sys.stderr)
+    return EXIT_INPUT
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
