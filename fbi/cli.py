@@ -41,7 +41,9 @@ def _configured(directory: Path | None, config: str, assignments: Sequence[str])
     return overlay(run, assignments)
 
 
-def demo(directory: Path = Path("runs/demo"), steps: int = 500, execution: Flat = Execution()) -> None:
+def demo(
+    directory: Path = Path("runs/demo"), steps: int = 500, execution: Flat = Execution(accumulate=4, eval_windows=256)
+) -> None:
     """What one bit costs: teacher and two binarized students on real text, a table, a picture, samples.
 
     For example: fbi demo --directory runs/demo. Interrupted, it continues; finished, it shows its result at once.
@@ -175,7 +177,14 @@ def generate(
     """
     from fbi.evaluate.generate import generate
     from fbi.train import load
+    from fbi.train.compose import SEEDS
 
+    if not 0 <= seed < SEEDS:
+        raise InputError(f"seed is {seed}; it must be at least 0 and below {SEEDS}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt is not UTF-8 text: {error.reason} at character {error.start}") from error
     model, params, tokenizer = load(directory)
     options = {"tokens": tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     print(prompt + generate(model, params, tokenizer, prompt, **options))
@@ -283,6 +292,7 @@ def _parse_and_run(arguments: Sequence[str]) -> None:
             words = " ".join(re.sub(r"[─│╭╮╰╯┌┐└┘]", " ", said.getvalue()).split())
             raise InputError(words or "the arguments do not parse; see fbi --help") from None
     command()
+    sys.stdout.flush()
 
 
 def _deferred(function):
@@ -304,6 +314,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(end.code or 0)
     except InputError as error:
         return _fail(str(error))
+    except BrokenPipeError:  # whoever read the output has enough of it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if os.environ.get("FBI_DEBUG"):
             raise

@@ -4,6 +4,7 @@ A loss is text: `ce`, `ad`, `ad:temperature=2,top_k=64`, `0.5*ce + 0.5*ad`; `mix
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -39,11 +40,11 @@ def next_token(out: Outputs) -> Float[Array, "b t"]:
 
 
 def _teacher(out: Outputs, temperature: float, top_k: int) -> Float[Array, "b t v"]:
-    """Teacher probabilities at that temperature, of its `top_k` likeliest tokens renormalised (0: all)."""
+    """Teacher probabilities at that temperature, of its `top_k` likeliest tokens renormalised (0, or as many: all)."""
     if out.teacher_logits is None:
         raise InputError("the loss term 'ad' needs a teacher; set teacher to the directory of a finished run")
     logits = jax.lax.stop_gradient(out.teacher_logits) / temperature
-    if top_k:
+    if 0 < top_k < logits.shape[-1]:
         whole = jax.sharding.reshard(logits, jax.P(*jax.typeof(logits).sharding.spec[:2], None))
         least = jax.lax.top_k(whole, top_k)[0][..., -1:]
         logits = jnp.where(logits >= least, logits, -jnp.inf)
@@ -101,16 +102,21 @@ class Term:
         if kind not in KINDS:
             raise unknown("loss", kind, [*KINDS, *ALIASES])
         known, options = KINDS[kind].options, {}
+        number = _number(weight or "1", float, "loss weight")
+        if not math.isfinite(number):
+            raise InputError(f"loss {text.strip()!r}: the weight {number} must be a finite number")
         for part in (rest or "").split(",") if rest else ():
             option, _, value = part.partition("=")
             if option.strip() not in known:
                 raise unknown(f"{kind} option", option.strip(), known)
+            if option.strip() in options:
+                raise InputError(f"loss {text.strip()!r}: option {option.strip()!r} is given twice; keep one")
             options[option.strip()] = _number(value, type(known[option.strip()]), f"{kind}:{option.strip()}")
-        if options.get("temperature", 1.0) <= 0:
-            raise InputError(f"loss {text.strip()!r}: temperature={options['temperature']} must be above 0")
+        if not 0 < options.get("temperature", 1.0) < math.inf:
+            raise InputError(f"loss {text.strip()!r}: temperature={options['temperature']} must be above 0 and finite")
         if options.get("top_k", 0) < 0:
             raise InputError(f"loss {text.strip()!r}: top_k={options['top_k']} must be at least 0 (0: all)")
-        return cls(_number(weight or "1", float, "loss weight"), kind, tuple(sorted(options.items())))
+        return cls(number, kind, tuple(sorted(options.items())))
 
 
 def _number(text: str, kind: type, what: str) -> Any:
@@ -138,9 +144,9 @@ class Loss:
 
     def __call__(self, out: Outputs) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """The loss summed over positions, and sums to log: `loss`, `ce`, and with a teacher `floor`, its entropy."""
-        parts = {term: KINDS[term.kind].term(out, **dict(term.options)) for term in self.terms}
-        total = jnp.sum(sum(term.weight * value for term, value in parts.items()))
-        plain = [value for term, value in parts.items() if term.kind == "ce"]
+        parts = [(term, KINDS[term.kind].term(out, **dict(term.options))) for term in self.terms]
+        total = jnp.sum(sum(term.weight * value for term, value in parts))
+        plain = [value for term, value in parts if term.kind == "ce"]
         sums = {"loss": total, "ce": jnp.sum(plain[0] if plain else jax.lax.stop_gradient(next_token(out)))}
         if out.teacher_logits is not None:
             sums["floor"] = jnp.sum(teacher_entropy(out))

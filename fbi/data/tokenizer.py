@@ -1,6 +1,7 @@
 """Text to token ids and back: a byte-level BPE of our own, or any tokenizer.json."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -82,7 +83,12 @@ def for_corpus(tokenizer: str, corpus: Corpus) -> Tokenizer:
     """The tokenizer of a config: loaded from a path, or `bpe:VOCAB` trained once on the corpus' train split."""
     vocab = bpe_vocab(tokenizer)
     if vocab is None:
-        return Tokenizer.load(Path(tokenizer).expanduser())
+        path = Path(os.path.expanduser(tokenizer))
+        if not path.exists():
+            raise InputError(
+                f"cannot read {path}: no such file; a tokenizer is bpe:VOCAB or the path of a tokenizer.json"
+            )
+        return Tokenizer.load(path)
     path = cache_root() / "tokenizers" / f"{content_hash([_TRAINER, corpus.hash, vocab])}.json"
     if not path.exists():
         train_bpe(corpus.splits["train"], vocab).save(path)

@@ -121,9 +121,10 @@ def write_folder(
         path = folder / f"{split}.array_record"
         rows[split], counts[split] = write_windows(path, documents[split], tokenizer, window, dtype, tick)
         if not rows[split]["windows"] and not (split == "test" and empty_test):
+            share = "smaller shares held out" if split == "train" else f"a larger share (data.{split})"
             raise InputError(
                 f"the {split} split has {rows[split]['tokens']} tokens in {rows[split]['documents']} document(s), less "
-                f"than one window of {window} + 1; give more text, a larger share (data.{split}) or a smaller window"
+                f"than one window of {window} + 1; give more text, {share} or a smaller window"
             )
     tokenizer.save(folder / "tokenizer.json")
     meta = {

@@ -14,7 +14,7 @@ class ModelConfig:
     """Rows of the embedding, columns of the head."""
     dim: int = 128
     """Width of the residual stream."""
-    layers: int = 3
+    layers: int = 2
     """Blocks."""
     heads: int = 4
     """Query heads."""
@@ -22,7 +22,7 @@ class ModelConfig:
     """Key and value heads; fewer than `heads` is grouped-query attention."""
     head_dim: int = 32
     """Width of a head."""
-    ff: int = 384
+    ff: int = 256
     """Width of the gated MLP."""
     context: int = 2048
     """Most positions a sequence may have."""
@@ -56,7 +56,7 @@ def _quest(dim: int, layers: int, ff: int) -> ModelConfig:
 
 PRESETS: dict[str, ModelConfig] = {
     # Sized for two CPU cores; widths are multiples of 128.
-    "nano": _llama(1024, 128, 3, 4, 384, context=512),
+    "nano": _llama(1024, 128, 2, 4, 256, context=512),
     "micro": _llama(4096, 256, 6, 8, 768, context=1024),
     # FBI-LLM, arXiv 2407.07093, table 1.
     "fbi-130m": _llama(32_000, 768, 12, 12, 2048),

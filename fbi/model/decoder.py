@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from fbi.model.attention import Attention, Cache, Where
 from fbi.model.axes import Axes, gathered
+from fbi.model.dense import dense
 from fbi.model.config import ModelConfig, linear_shapes
 from fbi.model.linear import Linear
 from fbi.model.mlp import GatedMLP
@@ -141,7 +142,7 @@ class Decoder(nnx.Module):
         if self.config.tied:
             activation = self.bound.get("head", Methods()).activation.build("activation")
             x_hat = activation.apply(x, {}, ctx).astype(x.dtype)
-            logits = jnp.dot(x_hat, jax.sharding.reshard(table, gathered(self._table_spec)).T, out_sharding=out)
+            logits = dense(x_hat, jax.sharding.reshard(table, gathered(self._table_spec)).T, out)
         else:
             logits = self.head(x, out, ctx)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), updated or None

@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fbi.model.axes import gathered
+from fbi.model.dense import dense
 from fbi.model.norm import RMSNorm
 from fbi.policy import Methods
 from fbi.quant import Ctx
@@ -41,4 +42,4 @@ class Linear(nnx.Module):
         qparams = {name: leaf[...] for name, leaf in self.q.items()} if hasattr(self, "q") else {}
         w_hat = self.methods.weight.build("weight").apply(self.w[...], qparams, ctx).astype(x.dtype)
         x_hat = self.methods.activation.build("activation").apply(x, {}, ctx).astype(x.dtype)
-        return jnp.dot(x_hat, jax.sharding.reshard(w_hat, gathered(self.spec)), out_sharding=out)
+        return dense(x_hat, jax.sharding.reshard(w_hat, gathered(self.spec)), out)

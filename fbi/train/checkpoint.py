@@ -1,7 +1,12 @@
 """Checkpoints: Orbax, asynchronous, verified on load, readable on any mesh."""
 
+import contextlib
+import copy
+import logging
+import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +20,26 @@ from fbi.files import content_hash
 from fbi.train.step import State
 
 training = ocp.training
+# Orbax prints a traceback of every write that fails, and raises the exception besides: it is told once, in one line.
+logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
 
 
 def _leaf_sum(leaf: Array) -> UInt32[Array, ""]:
-    """A position-weighted sum of a leaf's bits modulo 2^32: the same on every mesh, as integers add in any order."""
-    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[leaf.dtype.itemsize]
+    """The sum modulo 2^32 of a hash of each word and its place: the same on every mesh, as integers commute."""
+    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[leaf.dtype.itemsize]  # two words for 8 bytes
     bits = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(leaf, width)
     bits = bits.astype(jnp.uint32)
     place = jnp.zeros(bits.shape, jnp.uint32)
     for axis, size in enumerate(bits.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+    return jnp.sum(_mix(bits ^ _mix(place)), dtype=jnp.uint32)
+
+
+def _mix(word: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """MurmurHash3's finalizer, a bijection: a changed word changes the sum, whichever of its bits changed."""
+    word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
+    word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
+    return word ^ (word >> 16)
 
 
 @jax.jit
@@ -45,7 +59,8 @@ class Damaged(Exception):
 class Checkpoints:
     """The checkpoints of one run, in `directory`. `host` is plain data that travels with the arrays."""
 
-    def __init__(self, directory: Path, *, keep_last: int = 1, keep_every: int = 0):
+    def __init__(self, directory: Path, *, keep_last: int = 1, keep_every: int = 0, read_only: bool = False):
+        """`read_only` leaves alone what another process may be writing there."""
         keep: list[Any] = [training.preservation_policies.LatestN(keep_last)]
         if keep_every:
             keep.append(training.preservation_policies.EveryNSteps(keep_every))
@@ -54,17 +69,20 @@ class Checkpoints:
             self.directory,
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=training.preservation_policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
         )
 
     def save(self, step: int, state: State, host: dict[str, Any]) -> None:
-        """Starts writing; returns once the arrays may be changed. A step that is there already is left as it is."""
+        """Starts writing; returns once the arguments may be changed. A step that is there already is left as it is."""
         if step in self.steps:
             return
-        content = {"host": host, "bits": {name: fingerprint(tree) for name, tree in state.items()}}
-        self._orbax.save_checkpointables_async(
-            step, dict(state), custom_metadata=content | {"digest": content_hash(content)}, force=True
-        )
+        bits = {name: fingerprint(tree) for name, tree in state.items()}
+        kinds = {name: content_hash(_kinds(tree)) for name, tree in state.items()}
+        content = {"host": copy.deepcopy(host), "kinds": kinds, "bits": bits}
+        with self._writing():
+            self._orbax.save_checkpointables_async(
+                step, dict(state), custom_metadata=content | {"digest": content_hash(content)}, force=True
+            )
 
     @property
     def steps(self) -> list[int]:
@@ -73,15 +91,33 @@ class Checkpoints:
 
     def close(self) -> None:
         """Finishes writing and lets go of the folder."""
-        self._orbax.close()
+        with self._writing():
+            self._orbax.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Makes an `InputError` of what the disk refuses; a write fails in the call after the one that began it."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's are ValueErrors
+            if not code and not isinstance(error, OSError):
+                raise
+            reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or error
+            raise InputError(
+                f"cannot write a checkpoint in {self.directory}: {reason}; "
+                "free some space, then the same command continues"
+            ) from error
 
     def restore(self, abstract: State, say: Callable[[str], None]) -> tuple[int, State, dict[str, Any]] | None:
         """The newest whole checkpoint as (step, state, host), onto the shardings of `abstract`; None where none is.
 
         A damaged one (unreadable, or its bits are not those written) is reported through `say` and moved to the folder
-        `damaged` beside this one; the one before is taken. Other shapes than those of `abstract` are an `InputError`:
-        that is another model, not damage.
+        `damaged` beside this one; the one before is taken. Other shapes or types than those of `abstract` are an
+        `InputError`: that is another model, not damage.
         """
+        with self._writing():
+            self._orbax.wait()  # `steps` has the one that is still being written
         for step in reversed(self.steps):
             try:
                 state, host = self.read(step, abstract)
@@ -95,18 +131,21 @@ class Checkpoints:
     def read(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
         """The parts of a checkpoint that `abstract` names, and its host data.
 
-        Raises `Damaged` where they cannot be read or differ from what was written, `InputError` for other shapes.
+        Raises `Damaged` where they cannot be read or differ from what was written, `InputError` for other shapes or
+        types.
         """
         try:
             described = self._orbax.checkpointables_metadata(step)
-            found = {name: _shapes(described.metadata[name]) for name in abstract}
+            found = {name: _kinds(described.metadata[name]) for name in abstract}
         except Exception as error:  # Orbax and TensorStore raise many kinds for files they cannot read
             raise Damaged(_first_line(error)) from error
         content = dict(described.custom_metadata or {})
         if content.pop("digest", None) != content_hash(content):
             raise Damaged("its description does not match its digest")
         for name, tree in abstract.items():
-            if problem := _difference(name, found[name], _shapes(tree)):
+            if content_hash(found[name]) != content["kinds"][name]:
+                raise Damaged(f"the shapes of its {name} are not those that were written")
+            if problem := _difference(name, found[name], _kinds(tree)):
                 raise InputError(f"checkpoint {step} of {self.directory} is of another model: {problem}")
         try:
             state = self._orbax.load_checkpointables(step, dict(abstract))
@@ -131,16 +170,17 @@ def _first_line(error: Exception) -> str:
     return lines[0][:160] if lines else type(error).__name__
 
 
-def _difference(name: str, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> str | None:
+def _difference(name: str, found: dict[str, str], wanted: dict[str, str]) -> str | None:
     for path in dict.fromkeys([*wanted, *found]):
         if wanted.get(path) != found.get(path):
-            return f"{name}{path} has shape {found.get(path)} there and {wanted.get(path)} here"
+            return f"{name}{path} is {found.get(path, 'absent')} there and {wanted.get(path, 'absent')} here"
     return None
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _kinds(tree: Any) -> dict[str, str]:
+    """The type and shape of each leaf, such as float32[128, 384]."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {_path(path): tuple(leaf.shape) for path, leaf in flat if hasattr(leaf, "shape")}
+    return {_path(path): f"{jnp.dtype(leaf.dtype)}{list(leaf.shape)}" for path, leaf in flat if hasattr(leaf, "shape")}
 
 
 def _path(path: tuple) -> str:
@@ -155,7 +195,7 @@ def load_params(directory: Path, abstract: Any, step: int | None = None) -> Any:
     """
     if not directory.is_dir():
         raise InputError(f"there are no checkpoints in {directory}")
-    checkpoints = Checkpoints(directory)
+    checkpoints = Checkpoints(directory, read_only=True)
     try:
         steps = checkpoints.steps
         if not steps or (step is not None and step not in steps):

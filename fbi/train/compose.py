@@ -21,12 +21,14 @@ from fbi.model.config import check as check_model
 from fbi.model.decoder import segments
 from fbi.train import mesh as meshes
 from fbi.train.checkpoint import Checkpoints
-from fbi.train.load import build_model, load_teacher, starting_params
+from fbi.train.load import build_model, check_teacher, load_teacher, starting_params
 from fbi.train.loop import Loop
 from fbi.train.progress import Reporter
 from fbi.train.run import Execution, Run
-from fbi.train.rundir import Metrics, begin, environment, locked
+from fbi.train.rundir import Metrics, begin, environment, locked, take_back
 from fbi.train.step import State, abstract_state, make_step
+
+SEEDS = 1 << 32  # jax takes a seed modulo this: beyond it two seeds would be one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,8 @@ def check(run: Run, execution: Execution = Execution()) -> None:
     ):
         if value < least:
             raise InputError(f"{name}={value} must be at least {least}")
+    if not 0 <= run.seed < SEEDS:
+        raise InputError(f"seed={run.seed} must be at least 0 and below {SEEDS}")
     if run.guard.spike <= 0:
         raise InputError(f"guard.spike={run.guard.spike} must be above 0")
     if run.data.window > run.model.context:
@@ -78,15 +82,25 @@ def train(run: Run, directory: str | Path, execution: Execution = Execution()) -
     directory = Path(directory)
     check(run, execution)
     with locked(directory):
-        begin(directory, run)
+        begun = begin(directory, run)
         if (directory / "done.json").exists():
             return _result(directory)
-        return _train(run, directory, execution)
+        try:
+            return _train(run, directory, execution)
+        except InputError:
+            if begun:
+                take_back(directory)
+            raise
 
 
 def _result(directory: Path) -> Result:
     done = read_json(directory / "done.json")
-    return Result(directory, done["steps"], done["loss"], done["perplexity"], done["bits_per_byte"])
+    try:
+        return Result(directory, done["steps"], done["loss"], done["perplexity"], done["bits_per_byte"])
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{directory / 'done.json'} is damaged: it lacks {error}; delete it, and the run ends anew"
+        ) from error
 
 
 def _prepare(run: Run, execution: Execution) -> Windows:
@@ -107,11 +121,14 @@ def _prepare(run: Run, execution: Execution) -> Windows:
 
 
 def _train(run: Run, directory: Path, execution: Execution) -> Result:
+    sizes = meshes.parse(execution.mesh, jax.device_count())
+    if run.teacher:
+        meshes.check(sizes, check_teacher(run).model, run.data.batch, execution.accumulate, "teacher")
     windows = _prepare(run, execution)
     model, loss = build_model(run, execution), Loss.parse(run.loss)
     tx = optim.build(run.optimizer, run.steps)
     schedule = optim.learning_rate(run.optimizer, run.steps)
-    mesh = meshes.make(meshes.parse(execution.mesh, jax.device_count()))
+    mesh = meshes.make(sizes)
     separator = windows.tokenizer.separator if run.data.mask_documents else None
     with jax.set_mesh(mesh):
         teacher, teacher_params = load_teacher(run, windows.tokenizer) if run.teacher else (None, None)
@@ -156,7 +173,7 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
         try:
             with Reporter(run.name, run.steps, line_every=execution.line_every) as reporter:
                 final: list[dict[str, Any]] = []
-                Loop(
+                state = Loop(
                     run=run,
                     execution=execution,
                     mesh=mesh,
@@ -173,6 +190,7 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
                     metrics=Metrics(directory / "metrics.jsonl"),
                     reporter=reporter,
                 ).train()
+                final = final or rows(state, run.steps, True)  # a run stopped between its last checkpoint and here
         finally:
             checkpoints.close()
     best = {name: final[0][name] for name in ("loss", "perplexity", "bits_per_byte")}
@@ -212,7 +230,7 @@ def scale_rows(model: Model, params: Params, step: int) -> list[dict[str, Any]]:
         flat, _ = jax.tree_util.tree_flatten_with_path(params[f"layers_{start}_{stop}"])
         for path, leaf in flat:
             names = [entry.key for entry in path]
-            if len(names) < 2 or names[-2] != "q":
+            if len(names) < 2 or names[-2] != "q" or names[-1] == "w":  # the weight of the site `attn.q`
                 continue
             whole = jax.sharding.reshard(leaf, jax.P(*[None] * leaf.ndim))
             for layer, numbers in enumerate(np.asarray(_statistics(whole)).tolist(), start):

@@ -7,6 +7,7 @@ import jax
 
 from fbi.data.tokenizer import Tokenizer
 from fbi.errors import InputError
+from fbi.lazy import make_callable
 from fbi.model import Model, Params
 from fbi.model.axes import mesh_1x1
 from fbi.model.convert import adapt
@@ -49,8 +50,8 @@ def load(directory: str | Path, step: int | None = None) -> Loaded:
     return Loaded(model, params, Tokenizer.load(directory / "tokenizer.json"))
 
 
-def load_teacher(run: Run, tokenizer: Tokenizer) -> tuple[Model, Params]:
-    """The teacher of a run, frozen; an `InputError` where it is unfinished or speaks another vocabulary."""
+def check_teacher(run: Run) -> Run:
+    """What the teacher of a run is; an `InputError` where it is unfinished or cannot teach this run."""
     directory = Path(run.teacher)
     taught = read_run(directory)
     if not (directory / "done.json").exists():
@@ -60,14 +61,24 @@ def load_teacher(run: Run, tokenizer: Tokenizer) -> tuple[Model, Params]:
             f"teacher {directory} has a vocabulary of {taught.model.vocab}, this run of {run.model.vocab}; "
             "distillation needs the same tokens in both: use the same data.tokenizer and model.vocab"
         )
+    if run.data.window > taught.model.context:
+        raise InputError(
+            f"teacher {directory} has a context of {taught.model.context}, less than data.window={run.data.window}; "
+            "use shorter windows"
+        )
+    return taught
+
+
+def load_teacher(run: Run, tokenizer: Tokenizer) -> tuple[Model, Params]:
+    """The teacher of a run, frozen; an `InputError` where it cannot teach this run, or has another tokenizer."""
+    check_teacher(run)
+    directory = Path(run.teacher)
     loaded = load(directory)
     if loaded.tokenizer.fingerprint != tokenizer.fingerprint:
         raise InputError(
             f"teacher {directory} was trained with another tokenizer ({loaded.tokenizer.fingerprint}, here "
             f"{tokenizer.fingerprint}); use its {directory / 'tokenizer.json'} as data.tokenizer"
         )
-    if taught.data.window > loaded.model.config.context:
-        raise InputError(f"teacher {directory} has a context of {loaded.model.config.context}; use shorter windows")
     return loaded.model, loaded.params
 
 
@@ -86,3 +97,6 @@ def starting_params(run: Run, target: Model) -> Params:
     else:
         raise InputError(f"start={run.start!r} is neither a run directory, a folder of safetensors, nor {PRETRAINED!r}")
     return adapt(params, source, target)
+
+
+make_callable(__name__, load)  # importing this module binds its name in fbi.train, where the function is wanted

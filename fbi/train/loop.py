@@ -91,8 +91,8 @@ class Loop:
             state, step = self._resume()
             iterator, pending = self._iterate(step), None
             while True:
-                last = step == self.run.steps
-                save = last or stop.received is not None or self._due(self.execution.checkpoint_every, step)
+                last, stopping = step == self.run.steps, stop.received is not None
+                save = last or stopping or self._due(self.execution.checkpoint_every, step)
                 look = last or self._due(self.execution.eval_every, step)
                 if pending and (save or look):
                     fault, pending = self._log(pending), None
@@ -105,7 +105,7 @@ class Loop:
                     self.checkpoints.save(step, state, self._host())
                 if last:
                     return state
-                if stop.received is not None:
+                if stopping:  # as it was at the top of this turn: then this step was saved
                     raise Stopped(step)
                 tokens = put_batch(next(iterator), self.mesh)
                 progress = jax.device_put(np.float32(step / self.run.steps))
@@ -125,12 +125,15 @@ class Loop:
         return iter(self.batches(self.skipped).iterate(step))
 
     def _host(self) -> dict[str, Any]:
-        return {"skipped": [list(r) for r in self.skipped], "sums": self.sums, "guard": self.guard.state}
+        ranges = [list(r) for r in self.skipped]
+        return {"skipped": ranges, "returns": self.returns, "sums": self.sums, "guard": self.guard.state}
 
     def _resume(self, *, keep_events: bool = False) -> tuple[State, int]:
         """The state to go on from and its step; the record is cut back to it."""
         restored = self.checkpoints.restore(self.abstract, self._say)
         if restored is None:
+            if self.metrics.path.exists():
+                self._say("no checkpoint to continue from, starting from the beginning")
             self.metrics.rewind(-1, keep_events)
             self.guard, self.sums, self.evaluated = Guard(self.run.guard), {}, -1
             self.reporter.restart(0)
@@ -138,6 +141,7 @@ class Loop:
         step, state, host = restored
         self.metrics.rewind(step, keep_events)
         self.guard.state, self.sums = host["guard"], dict(host["sums"])
+        self.returns = max(self.returns, host["returns"])
         self.skipped = tuple(merge_ranges([*self.skipped, *(tuple(r) for r in host["skipped"])]))
         self.evaluated = step  # evaluation comes before saving: what was due at this step is in the record
         self.reporter.restart(step)

@@ -19,7 +19,7 @@ def parse(text: str, devices: int) -> dict[str, int]:
         name, _, size = (p.strip() for p in part.partition("="))
         if name not in AXES:
             raise unknown("mesh axis", name, AXES)
-        if not size.isdigit() or int(size) < 1:
+        if not size.isdecimal() or int(size) < 1:
             raise InputError(f"mesh axis {name}={size!r} is not a whole number from 1 on; write data=4,model=2")
         sizes[name] = int(size)
     total = sizes["data"] * sizes["model"]

@@ -1,6 +1,7 @@
 """What is trained (`Run`, hashed) and how it is executed (`Execution`, free to change on resume); both as strict JSON."""
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -117,6 +118,8 @@ def convert(hint: Any, value: Any, path: str) -> Any:
     expected = hint if isinstance(hint, type) else types.NoneType
     if not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool):
         raise InputError(f"{path}={value!r} is not {_name(expected)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{path}={value!r} is not a finite number")
     return value
 
 

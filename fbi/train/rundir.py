@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from fbi.errors import InputError
-from fbi.files import make_directory, read_json, write_json
+from fbi.files import make_directory, read_json, write_json, write_text
 from fbi.train.run import FORMAT, Execution, Run, differences, from_json, to_json
 
 PACKAGES = ("fbi", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
@@ -23,7 +23,11 @@ PACKAGES = ("fbi", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain"
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Holds a run directory for this process. The system drops the lock with the process, however that ends."""
+    """Holds a run directory for this process. The system drops the lock with the process, however that ends.
+
+    Where no run is begun in the meantime, nothing is left behind.
+    """
+    made = not directory.exists()
     make_directory(directory)
     try:
         file = (directory / ".lock").open("w")
@@ -34,7 +38,14 @@ def locked(directory: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(f"{directory} is in use by another process; wait for it or stop it") from error
-        yield
+        try:
+            yield
+        finally:
+            if not (directory / "config.json").exists():
+                (directory / ".lock").unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    if made:
+                        directory.rmdir()
 
 
 def read_run(directory: Path) -> Run:
@@ -60,8 +71,8 @@ def parse_config(data: Any, where: str) -> Run:
         raise InputError(f"{where}: {error}") from error
 
 
-def begin(directory: Path, run: Run) -> None:
-    """Writes config.json, or checks that it is this Run's: another Run is refused with the fields that differ."""
+def begin(directory: Path, run: Run) -> bool:
+    """Writes config.json and returns True, or checks that it is this Run's: another is refused, naming what differs."""
     path = directory / "config.json"
     if path.exists():
         changed = differences(to_json(read_run(directory)), to_json(run))
@@ -70,13 +81,25 @@ def begin(directory: Path, run: Run) -> None:
                 f"{directory} was begun with another run; it differs in {'; '.join(changed)}. "
                 "Use another directory, or give the same settings"
             )
-        return
+        return False
     leftovers = [p.name for p in directory.iterdir() if p.name != ".lock"]
     if leftovers:
         raise InputError(
             f"{directory} is neither empty nor a run directory: it holds {', '.join(sorted(leftovers)[:5])}"
         )
     write_json(path, {"format": FORMAT, "run": to_json(run)})
+    return True
+
+
+def take_back(directory: Path) -> None:
+    """Undoes `begin` where the run took no step, so that the corrected command may use the directory."""
+    checkpoints = directory / "checkpoints"
+    if (directory / "metrics.jsonl").exists() or (checkpoints.is_dir() and any(checkpoints.iterdir())):
+        return
+    for name in ("tokenizer.json", "summary.json", "env.json", "config.json"):
+        (directory / name).unlink(missing_ok=True)
+    if checkpoints.is_dir():
+        checkpoints.rmdir()
 
 
 def environment(execution: Execution) -> dict[str, Any]:
@@ -122,19 +145,20 @@ class Metrics:
         """
         if not self.path.exists():
             return
-        rows = [row for line in self.path.read_bytes().splitlines(keepends=True) if (row := _row(line)) is not None]
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        rows = [self._row(line, place) for place, line in enumerate(lines, 1) if line.endswith(b"\n")]
         kept = [
             row
             for row in rows
             if row["step"] < step or (keep_events if row["kind"] == "event" else row["step"] == step)
         ]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        return json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
+    def _row(self, line: bytes, place: int) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+            return row | {"kind": row["kind"], "step": int(row["step"])}
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"{self.path} is damaged: line {place} is no row of metrics; restore the file or cut that line"
+            ) from error

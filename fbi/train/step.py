@@ -93,6 +93,6 @@ def make_step(
         updates, opt = tx.update(gradients, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         count = jnp.asarray(tokens.shape[0] * (tokens.shape[1] - 1))
-        return {"params": params, "opt": opt}, sums | {"count": count, "grad_norm": optax.global_norm(gradients)}
+        return {"params": params, "opt": opt}, sums | {"count": count, "grad_norm": optax.tree.norm(gradients)}
 
     return jax.jit(step, donate_argnums=0)
