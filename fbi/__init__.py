@@ -2,7 +2,8 @@
 
     q = fbi.quantizer("fbi"); p = q.init(w); w_hat = q.apply(w, p); e = q.encode(w, p); fbi.decode(e); q.bits(w.shape)
     fbi.policy("bitnet-b158").report(fbi.model("fbi-130m"))
-    result = fbi.train(fbi.Run(policy="fbi", steps=500), "runs/first"); model, params, tokenizer = fbi.load("runs/first")
+    result = fbi.train(fbi.Run(policy="fbi", steps=500), "runs/first")
+    model, params, tokenizer = fbi.load("runs/first")
 
 Importing this package imports nothing else: jax is loaded with the first name that needs it.
 """
@@ -14,7 +15,7 @@ from fbi.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fbi.errors import InputError as InputError
-    from fbi.model import build as model
+    from fbi.model import build as _model
     from fbi.policy import Policy as _Policy
     from fbi.quant import Ctx as Ctx
     from fbi.quant import Method as Method
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from fbi.train import load as load
     from fbi.train import train as train
 
-    policy = _Policy.parse
+    policy, model = _Policy.parse, _model
 
 _HOMES = {
     "quantizer": "fbi.quant",
@@ -40,7 +41,20 @@ _HOMES = {
     "InputError": "fbi.errors",
 }
 _MODULES = ("policy", "model", "train")  # modules that can be called
-__all__ = [*_HOMES, *_MODULES]
+__all__ = [
+    "Ctx",
+    "Execution",
+    "InputError",
+    "Method",
+    "Result",
+    "Run",
+    "decode",
+    "load",
+    "model",
+    "policy",
+    "quantizer",
+    "train",
+]
 
 
 _find = lazy_names("fbi", _HOMES)

@@ -1,10 +1,5 @@
 """The command line: `fbi COMMAND --help` shows each with an example."""
 
-import contextlib
-import io
-import os
-import re
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +7,9 @@ from typing import Annotated
 
 import tyro
 
+from fbi import console
 from fbi.errors import InputError
 from fbi.train.run import Execution
-
-EXIT_INPUT = 2  # something was wrong with the input; one line on standard error says what
-EXIT_STOPPED = 75  # stopped by a signal, the checkpoint is on disk: the same command continues
 
 RunDirectory = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
 Config = Annotated[str, tyro.conf.arg(metavar="FILE")]
@@ -274,69 +267,10 @@ def _width() -> int:
     return shutil.get_terminal_size((160, 40)).columns if sys.stdout.isatty() else 0
 
 
-def _parse_and_run(arguments: Sequence[str]) -> None:
-    """Runs the command; a flag that does not parse becomes an `InputError` of one line."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        try:
-            command = tyro.extras.subcommand_cli_from_dict(
-                {name: _deferred(function) for name, function in COMMANDS.items()},
-                prog="fbi",
-                description="Train, distil, tabulate low-bit language models. For example: fbi demo",
-                args=arguments,
-                config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
-            )
-        except SystemExit as end:
-            if not end.code:
-                raise
-            words = " ".join(re.sub(r"[─│╭╮╰╯┌┐└┘]", " ", said.getvalue()).split())
-            raise InputError(words or "the arguments do not parse; see fbi --help") from None
-    command()
-    sys.stdout.flush()
-
-
-def _deferred(function):
-    """The function with its signature, which when called returns the call to make: parsing comes apart from running."""
-    import functools
-
-    @functools.wraps(function)
-    def bound(*args, **kwargs):
-        return functools.partial(function, *args, **kwargs)
-
-    return bound
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, 2 for bad input, 75 when stopped by a signal."""
-    try:
-        _parse_and_run(sys.argv[1:] if arguments is None else arguments)
-    except SystemExit as end:
-        return int(end.code or 0)
-    except InputError as error:
-        return _fail(str(error))
-    except BrokenPipeError:  # whoever read the output has enough of it, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except OSError as error:
-        if os.environ.get("FBI_DEBUG"):
-            raise
-        return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-    except KeyboardInterrupt:
-        print("fbi: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except Exception as error:
-        from fbi.train.loop import Stopped
-
-        if not isinstance(error, Stopped):
-            raise
-        print(f"fbi: {error}", file=sys.stderr)
-        return EXIT_STOPPED
-    return 0
-
-
-def _fail(text: str) -> int:
-    print("fbi: error: " + " ".join(text.split()), file=sys.stderr)
-    return EXIT_INPUT
+    about = "Train, distil, tabulate low-bit language models. For example: fbi demo"
+    return console.run(COMMANDS, about, sys.argv[1:] if arguments is None else arguments)
 
 
 def entry() -> None:

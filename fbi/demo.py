@@ -1,4 +1,7 @@
-"""The demo: what one bit costs, on real text, in minutes. Teacher, student by cross-entropy, student by distillation."""
+"""The demo: what one bit costs, on real text, in minutes.
+
+A full-precision teacher, a binarized student by cross-entropy, a binarized student by distillation.
+"""
 
 import dataclasses
 import time
@@ -36,7 +39,7 @@ def demo(directory: Path, steps: int, execution: Execution, say: Callable[[str],
         from fbi.train import train  # a finished demo is shown without loading jax
 
         train(run, directory / run.name, execution)
-    samples = _samples(directory, planned, say)
+    samples = _samples(directory, planned)
     records = [read_run(directory / run.name) for run in planned]
     table = run_table(records, title="What one bit costs: State of the Union speeches, validation 1997-2013")
     files = _write(directory, table, samples)
@@ -49,7 +52,7 @@ def demo(directory: Path, steps: int, execution: Execution, say: Callable[[str],
     return [*files, directory / "demo.png"]
 
 
-def _samples(directory: Path, planned: list[Run], say: Callable[[str], None]) -> dict[str, str]:
+def _samples(directory: Path, planned: list[Run]) -> dict[str, str]:
     """A paragraph from each model, made once."""
     path, key = directory / "samples.json", content_hash([run.hash for run in planned])
     if path.exists() and (found := read_json(path)).get("runs") == key:

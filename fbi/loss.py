@@ -45,7 +45,8 @@ def _teacher(out: Outputs, temperature: float, top_k: int) -> Float[Array, "b t 
         raise InputError("the loss term 'ad' needs a teacher; set teacher to the directory of a finished run")
     logits = jax.lax.stop_gradient(out.teacher_logits) / temperature
     if 0 < top_k < logits.shape[-1]:
-        whole = jax.sharding.reshard(logits, jax.P(*jax.typeof(logits).sharding.spec[:2], None))
+        *rows, vocabulary = jax.typeof(logits).sharding.spec
+        whole = logits if vocabulary is None else jax.sharding.reshard(logits, jax.P(*rows, None))
         least = jax.lax.top_k(whole, top_k)[0][..., -1:]
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     return jax.nn.softmax(logits, axis=-1)

@@ -225,7 +225,7 @@ class Report:
 
     def __str__(self) -> str:
         head = ("site", "shape", "weight", "activation", "code bits", "paper bits", "stored bits", "MB")
-        table = [head]
+        table: list[tuple[str, ...]] = [head]
         for name, count, row in self.merged():
             shape = "x".join(map(str, row.shape)) + (f" x{count}" if count > 1 else "") if row.shape else "-"
             bits = row.bits
@@ -238,8 +238,12 @@ class Report:
             weight = str(row.methods.weight) if row.shape else "-"
             table.append((name, shape, weight, str(row.methods.activation), *numbers))
         widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-        lines = ["  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-                 for line in table]  # fmt: skip
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i < 4 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in table
+        ]
         quantized = self.quantized_bits
         total = f"all weights {self.stored_bytes / 1e6:.3f} MB stored"
         if quantized:

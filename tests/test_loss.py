@@ -193,7 +193,10 @@ def test_text_is_read_as_terms(text, terms):
         ("2**ce", "is not WEIGHT.KIND"),
         ("two*ce", "loss weight='two' is not a number"),
         ("nan*ce", "the weight nan must be a finite number"),
-        ("ad:temp=2", r"unknown ad option 'temp' \(did you mean 'temperature'\?\); valid: temperature, top_k"),
+        (
+            "ad:temperatur=2",
+            r"unknown ad option 'temperatur' \(did you mean 'temperature'\?\); valid: temperature, top_k",
+        ),
         ("ce:top_k=2", "unknown ce option 'top_k'; valid: none"),
         ("ad:temperature", "ad:temperature='' is not a number"),
         ("ad:top_k=1.5", "ad:top_k='1.5' is not a whole number"),

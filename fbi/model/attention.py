@@ -14,7 +14,6 @@ from fbi.model.norm import RMSNorm
 from fbi.policy import NONE, Methods
 from fbi.quant import Ctx
 
-
 LONG = 256  # queries from which on a CPU takes sequences one by one; measured: slower at 128, faster at 256
 
 
@@ -84,11 +83,12 @@ def attention(
         causal = where.queries[:, None] >= where.keys[None, :]
 
         def one(row: tuple[Array, ...]) -> Array:
-            if where.documents is None:
-                return _one_sequence(*row, causal, probs)
-            *qkv, documents = row
-            queried = jnp.take(documents, jnp.searchsorted(where.keys, where.queries))
-            return _one_sequence(*qkv, causal & (queried[:, None] == documents[None, :]), probs)
+            q, k, v, *documents = row
+            allowed = causal
+            for document in documents:  # one, or none where attention may cross documents
+                queried = jnp.take(document, jnp.searchsorted(where.keys, where.queries))
+                allowed = causal & (queried[:, None] == document[None, :])
+            return _one_sequence(q, k, v, allowed, probs)
 
         rows = (q, k, v) if where.documents is None else (q, k, v, where.documents)
         together = lambda *rows: jax.vmap(lambda *row: one(row))(*rows)  # noqa: E731

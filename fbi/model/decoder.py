@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from fbi.model.attention import Attention, Cache, Where
 from fbi.model.axes import Axes, gathered
-from fbi.model.dense import dense
 from fbi.model.config import ModelConfig, linear_shapes
+from fbi.model.dense import dense
 from fbi.model.linear import Linear
 from fbi.model.mlp import GatedMLP
 from fbi.model.norm import RMSNorm
@@ -88,7 +88,10 @@ class Decoder(nnx.Module):
         keys = jax.random.split(rngs.params(), config.layers)  # a layer starts alike under every policy
         for start, stop in self.segments:
             methods = {site: bound.get(f"layers.{start}.{site}", Methods()) for site in BLOCK_SITES}
-            build = lambda key, methods=methods: Block(config, methods, axes, nnx.Rngs(key))
+
+            def build(key: Array, methods: dict[str, Methods] = methods) -> Block:
+                return Block(config, methods, axes, nnx.Rngs(key))
+
             setattr(self, f"layers_{start}_{stop}", jax.vmap(build)(keys[start:stop]))
         self.norm = RMSNorm(config.dim, config.eps, dtype)
         if not config.tied:
@@ -145,4 +148,5 @@ class Decoder(nnx.Module):
             logits = dense(x_hat, jax.sharding.reshard(table, gathered(self._table_spec)).T, out)
         else:
             logits = self.head(x, out, ctx)
+        logits = jnp.asarray(logits)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), updated or None

@@ -79,8 +79,7 @@ class Model:
 
     @functools.cached_property
     def _structure(self) -> Any:
-        inside = _some_mesh() if _no_mesh() and jax.core.trace_state_clean() else contextlib.nullcontext()
-        with inside:
+        with _some_mesh():
             return nnx.graphdef(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
 
     def _init(self, key: Array) -> Params:
@@ -136,10 +135,12 @@ class Model:
 
     def _extend(
         self, params: Params, tokens: Array, caches: dict[str, Cache], position: Array | int
-    ) -> tuple[Array, dict[str, Cache] | None]:
+    ) -> tuple[Array, dict[str, Cache]]:
         length = jax.tree.leaves(caches)[0].shape[2]
         where = Where(position + jnp.arange(tokens.shape[1]), jnp.arange(length))
-        return nnx.merge(self._structure, params)(tokens, where, caches)
+        logits, updated = nnx.merge(self._structure, params)(tokens, where, caches)
+        assert updated is not None  # caches went in
+        return logits, updated
 
     @functools.cached_property
     def _extend_alone(self) -> Callable:

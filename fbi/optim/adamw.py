@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from fbi.optim.config import OptimizerConfig, check
 
-Schedule = Callable[[Any], Array]
+Schedule = Callable[[Any], Any]
 
 
 def warmup_steps(config: OptimizerConfig, steps: int) -> int:

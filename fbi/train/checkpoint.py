@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -65,12 +65,12 @@ class Checkpoints:
         if keep_every:
             keep.append(training.preservation_policies.EveryNSteps(keep_every))
         self.directory = directory.absolute()
-        self._orbax = training.Checkpointer(
-            self.directory,
-            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=training.preservation_policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=not read_only,
-        )
+        options: dict[str, Any] = {  # Orbax's own protocols do not type-check against its own policies
+            "save_decision_policy": training.save_decision_policies.FixedIntervalPolicy(1),
+            "preservation_policy": training.preservation_policies.AnyPreservationPolicy(keep),
+            "cleanup_tmp_directories": not read_only,
+        }
+        self._orbax = training.Checkpointer(str(self.directory), **options)
 
     def save(self, step: int, state: State, host: dict[str, Any]) -> None:
         """Starts writing; returns once the arguments may be changed. A step that is there already is left as it is."""
@@ -139,7 +139,7 @@ class Checkpoints:
             found = {name: _kinds(described.metadata[name]) for name in abstract}
         except Exception as error:  # Orbax and TensorStore raise many kinds for files they cannot read
             raise Damaged(_first_line(error)) from error
-        content = dict(described.custom_metadata or {})
+        content = dict(cast(dict[str, Any], described.custom_metadata or {}))
         if content.pop("digest", None) != content_hash(content):
             raise Damaged("its description does not match its digest")
         for name, tree in abstract.items():

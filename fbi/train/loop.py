@@ -54,6 +54,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
+        del frame
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
@@ -161,7 +162,7 @@ class Loop:
         self.evaluated = step
 
     def _log(self, pending: tuple[int, dict[str, jax.Array]] | None) -> str | None:
-        """Reads the metrics of a step, writes a row where one is due, and says what is wrong with the step, if anything."""
+        """Reads the metrics of a step, writes a row where one is due, and says what is wrong with it, if anything."""
         if pending is None:
             return None
         step, sums = pending[0], {name: float(value) for name, value in jax.device_get(pending[1]).items()}

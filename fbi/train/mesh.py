@@ -12,7 +12,7 @@ AXES = ("data", "model")
 
 def parse(text: str, devices: int) -> dict[str, int]:
     """`data=4,model=2` -> sizes; an axis that is not named has size 1, no text is every device on `data`."""
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     if not text.strip():
         return sizes | {"data": devices}
     for part in text.split(","):

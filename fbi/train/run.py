@@ -1,4 +1,4 @@
-"""What is trained (`Run`, hashed) and how it is executed (`Execution`, free to change on resume); both as strict JSON."""
+"""What is trained (`Run`, hashed) and how that is executed (`Execution`, free to change); both as strict JSON."""
 
 import dataclasses
 import math

@@ -7,9 +7,8 @@ import pytest
 from support import (
     Ended,
     Process,
+    amid,
     arguments,
-    between,
-    command,
     copy,
     files,
     finished,
@@ -22,7 +21,7 @@ from support import (
 
 from fbi.cli import main
 
-TRIALS = 5  # of a kill that has to come at a certain moment
+TRIALS = 3  # of a kill that has to come at a certain moment
 EARLY = 5  # steps before the writing of a checkpoint is broken off
 
 
@@ -90,9 +89,7 @@ def _kill(
     for trial in range(TRIALS):
         directory = home.folder / f"{name}-{trial}"
         with home.process(directory.name, *options, **environment) as process:
-            process.until(lambda d=directory: moment(d))
-            process.freeze()
-            if not (process.running and moment(directory)):
+            if not process.caught(lambda d=directory: moment(d)):
                 print(f"trial {trial} missed: {process.words}")  # shown with a failure
                 continue
             before = files(directory)
@@ -109,8 +106,8 @@ def _kill(
 
 @pytest.fixture(scope="session")
 def killed(home):
-    """A run killed between its second and its third checkpoint, after another process had tried its directory."""
-    return _kill(home, "killed", lambda d: between(d) and not temporaries(d), rival=True)
+    """A run killed between two checkpoints, after another process had tried its directory."""
+    return _kill(home, "killed", amid, rival=True)
 
 
 @pytest.fixture(scope="session")

@@ -18,12 +18,13 @@ import numpy as np
 import fbi
 from fbi.train.run import FORMAT, Run, from_json, to_json
 
-WORDS = "the state of union is a strong one and we shall keep it so for all who come after us in peace".split()
+TEXT = "the state of union is a strong one and we shall keep it so for all who come after us in peace"
 PATIENCE = 180  # seconds for anything that takes a few on a quiet machine
-STEPS, EVERY = 32, 8  # of a run; between its checkpoints
-# log_every divides neither of them: rows of the record straddle checkpoints
+# Of a run, and between its checkpoints: evaluations make these steps longer than the writing of a checkpoint, and
+# log_every divides neither number, so that rows of the record straddle checkpoints.
+STEPS, EVERY = 36, 12
 OPTIONS = (
-    "--checkpoint_every", str(EVERY), "--keep_last", "2", "--eval_every", "4", "--log_every", "3", "--mesh", "data=1",
+    "--checkpoint_every", str(EVERY), "--keep_last", "2", "--eval_every", "3", "--log_every", "5", "--mesh", "data=1",
 )  # fmt: skip
 COMMAND = (sys.executable, "-c", "from fbi.cli import entry; entry()")
 
@@ -33,18 +34,23 @@ def write_corpus(folder: Path) -> Path:
     draw = random.Random(0)
     folder.mkdir(parents=True)
     for number in range(60):
-        (folder / f"{number:03}.txt").write_text(" ".join(draw.choices(WORDS, k=120)) + f"\nNumber {number}.\n")
+        (folder / f"{number:03}.txt").write_text(" ".join(draw.choices(TEXT.split(), k=120)) + f"\nNumber {number}.\n")
     return folder
 
 
 def tiny(corpus: Path, **fields: Any) -> Run:
     """A run whose steps take milliseconds."""
-    model = dict(vocab=300, dim=32, layers=1, heads=2, kv_heads=2, head_dim=16, ff=64, context=64)
-    data = dict(corpus=f"text:{corpus}", tokenizer="bpe:300", window=16, batch=4, validation=0.2, test=0.1)
-    nested = {"model": model, "data": data, "optimizer": {"lr": 0.01}, "guard": {}}
-    for name, values in fields.items():
-        nested[name] = nested[name] | values if name in nested else values
-    return from_json(Run, {"name": "tiny", "steps": STEPS, **nested})
+    config: dict[str, Any] = {
+        "name": "tiny",
+        "model": {"vocab": 300, "dim": 32, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 16, "ff": 64},
+        "data": {"corpus": f"text:{corpus}", "tokenizer": "bpe:300", "window": 16, "batch": 4, "validation": 0.2},
+        "optimizer": {"lr": 0.01},
+        "guard": {},
+        "steps": STEPS,
+    }
+    for name, value in fields.items():
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    return from_json(Run, config)
 
 
 def write_config(path: Path, run: Run) -> Path:
@@ -94,7 +100,16 @@ class Process:
             if condition():
                 return True
             assert time.monotonic() < deadline, self.words
-            time.sleep(0.0005)
+            time.sleep(0.002)
+        return False
+
+    def caught(self, moment: Callable[[], bool]) -> bool:
+        """Stops the process where `moment` holds, and leaves it standing; False where it ended before that."""
+        while self.until(moment):
+            self.freeze()
+            if self.running and moment():
+                return True
+            self.send(signal.SIGCONT)
         return False
 
     def freeze(self) -> None:
@@ -147,8 +162,10 @@ def rows(directory: Path, *kinds: str) -> list[dict[str, Any]]:
 
 
 def last_step(directory: Path) -> int:
-    """The newest step of the record, -1 where there is none."""
-    return max((row["step"] for row in rows(directory)), default=-1)
+    """The step of the last whole line of the record, -1 where there is none."""
+    path = directory / "metrics.jsonl"
+    whole = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return next((json.loads(line)["step"] for line in reversed(whole) if line.endswith(b"\n")), -1)
 
 
 def saved(directory: Path) -> list[int]:
@@ -162,9 +179,10 @@ def temporaries(directory: Path) -> list[Path]:
     return sorted((directory / "checkpoints").glob("*tmp*"))
 
 
-def between(directory: Path) -> bool:
-    """Whether a run is past its second checkpoint, which is on disk, and short of the third."""
-    return saved(directory)[-1:] == [2 * EVERY] and 2 * EVERY < last_step(directory) < 3 * EVERY
+def amid(directory: Path) -> bool:
+    """Whether a run has two whole checkpoints and is at a step between the newer one and the next."""
+    steps = saved(directory)
+    return len(steps) == 2 and steps[1] < last_step(directory) < steps[1] + EVERY and not temporaries(directory)
 
 
 def files(directory: Path) -> dict[str, bytes]:

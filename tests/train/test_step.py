@@ -87,8 +87,8 @@ def test_the_gradient_is_clipped_to_the_global_norm():
 def test_golden_step(policy):
     """The numbers of one step. If this fails and you did not mean to change what a model computes, it found a bug.
 
-    If you did, rewrite them with `FBI_REWRITE_GOLDEN=1 pytest tests/train/test_step.py -k golden`, and say in the commit
-    why they moved.
+    If you did, rewrite them with `FBI_REWRITE_GOLDEN=1 pytest tests/train/test_step.py -k golden`, and say in the
+    commit why they moved.
     """
     params, sums = one_step(policy, "0.5*ce + 0.5*ad")
     found = sums | {"mean_abs_up": float(np.abs(params["layers_0_2"]["mlp"]["up"]["w"]).mean())}
