@@ -1,6 +1,5 @@
 import os
 import random
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,12 @@ from outcome import EXECUTION, Ended, assignments
 from fbi.cli import main
 
 WORDS = "the state of union is a strong one and we shall keep it so for all who come after us in peace"
+LIMITED = """
+import os, resource, sys
+limit, *command = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+os.execv(command[0], command)
+"""
 
 
 @pytest.fixture(scope="session")
@@ -77,18 +82,11 @@ def console() -> Callable[..., Ended]:
     """Runs the console script; `limit` is the most bytes that a file may have, which stands for a full disk."""
 
     def run(*arguments: object, limit: int = 0, **environment: str) -> Ended:
-        def prepare() -> None:
-            if limit:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-        own = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"} if limit else {}  # reads what is compiled already
-        done = subprocess.run(
-            [Path(sys.executable).with_name("fbi"), *map(str, arguments)],
-            env=os.environ | own | environment,
-            capture_output=True,
-            text=True,
-            preexec_fn=prepare,
-        )
+        command = [str(Path(sys.executable).with_name("fbi")), *map(str, arguments)]
+        if limit:
+            environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}  # reads what is compiled, adds nothing
+            command = [sys.executable, "-c", LIMITED, str(limit), *command]
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
         return Ended(done.returncode, done.stdout, done.stderr)
 
     return run

@@ -432,7 +432,7 @@ def test_a_full_disk_while_data_are_prepared(console, fbi, tiny, new, tmp_path, 
 
 def test_a_full_disk_while_a_run_writes_and_the_same_command_once_there_is_room(console, train, tiny, tmp_path):
     run, straight = tmp_path / "run", tmp_path / "straight"
-    settings, execution = ("steps=12",), (*EXECUTION, "--eval-every", "1")
+    settings, execution = ("steps=20",), (*EXECUTION, "--eval-every", "1")
     command = ("train", run, *assignments(*tiny, *settings), *execution)
 
     refused(console(*command, limit=5000), f"cannot write {run / 'metrics.jsonl'}: File too large", "start again")
@@ -448,7 +448,7 @@ def test_a_full_disk_while_a_run_writes_and_the_same_command_once_there_is_room(
     assert (ended.code, ended.err) == (0, "")
     assert train(straight, *settings, "name=run", execution=execution).code == 0
     assert rows(run) == rows(straight)
-    assert [row["step"] for row in rows(run) if row["kind"] == "train"] == list(range(1, 13))
+    assert [row["step"] for row in rows(run) if row["kind"] == "train"] == list(range(1, 21))
 
 
 def rows(run):

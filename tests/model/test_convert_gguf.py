@@ -123,7 +123,7 @@ def test_the_tokenizer_is_rebuilt_and_splits_digits_as_its_kind_says(write, bpe)
         assert tokenizer.token_bytes[0] == 0
 
 
-ones = lambda *shape: np.ones(shape, np.float32)  # noqa: E731
+ones = lambda *shape: np.ones(shape, np.float32)
 BAD = {
     "unknown general.architecture in .* 'qwen2'; valid: llama": {"fields": {"general.architecture": "qwen2"}},
     "rope scaling 'yarn' is not supported": {"fields": {"llama.rope.scaling.type": "yarn"}},
