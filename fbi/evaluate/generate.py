@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from fbi.data.tokenizer import Tokenizer
 from fbi.errors import InputError
-from fbi.evaluate.mesh import mesh_in_use, rows_multiple
+from fbi.evaluate.mesh import rows_multiple
 from fbi.model.attention import Cache
+from fbi.model.axes import mesh_in_use
 from fbi.model.functional import Model, Params
 
 Kind = Literal["greedy", "free", "nucleus"]

@@ -1,15 +1,8 @@
-"""The mesh that an evaluation runs on."""
+"""How the rows of an evaluation lie on the mesh."""
 
 import jax
 
 from fbi.errors import InputError
-from fbi.model.axes import mesh_1x1
-
-
-def mesh_in_use() -> jax.sharding.Mesh:
-    """The mesh that `jax.set_mesh` set; one device where none is."""
-    mesh = jax.sharding.get_mesh()
-    return mesh_1x1() if mesh.empty else mesh
 
 
 def rows_multiple(mesh: jax.sharding.Mesh, axis: str | None) -> int:

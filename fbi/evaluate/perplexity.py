@@ -12,7 +12,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
 from fbi.errors import InputError
-from fbi.evaluate.mesh import mesh_in_use, rows_multiple
+from fbi.evaluate.mesh import rows_multiple
+from fbi.loss import Outputs, next_token
+from fbi.model.axes import mesh_in_use
 from fbi.model.functional import Model, Params
 
 Progress = Callable[[int, int], None]  # windows done, windows in all
@@ -146,14 +148,6 @@ def _nats(
     """The sum of -ln p(token | before) over the predictions from `first` on of each row."""
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     documents = None if separator is None else jnp.cumsum(inputs == separator, axis=1, dtype=jnp.int32)
-    losses = token_losses(model.apply(params, inputs, documents), labels)
+    losses = next_token(Outputs(model.apply(params, inputs, documents), labels))
     scored = jnp.arange(losses.shape[1])[None, :] >= first[:, None]
     return jnp.sum(jnp.where(scored, losses, 0.0))
-
-
-def token_losses(logits: Float[Array, "b t v"], labels: Int[Array, "b t"]) -> Float[Array, "b t"]:
-    """-ln p(label) at each position, in float32 at least; the vocabulary may be split over devices."""
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    vocabulary = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 2, out_sharding=jax.typeof(logits).sharding)
-    picked = jnp.sum(jnp.where(vocabulary == labels[:, :, None], logits, 0.0), -1)  # a gather needs the axis whole
-    return jax.nn.logsumexp(logits, axis=-1) - picked

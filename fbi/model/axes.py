@@ -40,6 +40,12 @@ def gathered(spec: P) -> P:
     return P(*(None if axis == "data" else axis for axis in spec))
 
 
+def mesh_in_use() -> jax.sharding.Mesh:
+    """The mesh that `jax.set_mesh` set; one device where none is."""
+    mesh = jax.sharding.get_mesh()
+    return mesh_1x1() if mesh.empty else mesh
+
+
 def mesh_1x1() -> jax.sharding.Mesh:
     """The mesh of a laptop: one device, the same code."""
     return jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from fbi.errors import InputError
+from fbi.model.axes import mesh_in_use
 from fbi.model.config import ModelConfig
 from fbi.model.convert_gguf import load_gguf as load_gguf
 from fbi.model.convert_gguf import smollm2 as smollm2
 from fbi.model.convert_hf import load_safetensors as load_safetensors
 from fbi.model.convert_hf import save_safetensors as save_safetensors
-from fbi.model.convert_layout import leaves, mesh_in_use, on, some
+from fbi.model.convert_layout import leaves, on, some
 from fbi.model.decoder import segments
 from fbi.model.functional import Model, Params
 from fbi.policy import Methods

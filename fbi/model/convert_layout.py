@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fbi.errors import InputError
-from fbi.model.axes import mesh_1x1
+from fbi.model.axes import mesh_in_use
 from fbi.model.config import ModelConfig
 from fbi.model.functional import Model, Params
 
@@ -156,9 +156,3 @@ def _turned(name: str, tensor: np.ndarray) -> np.ndarray:
 def on(mesh: jax.sharding.Mesh, leaf: jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:
     """Where a leaf of `Model.abstract()` lies on the devices of a mesh."""
     return jax.sharding.NamedSharding(mesh, cast(jax.sharding.NamedSharding, leaf.sharding).spec)
-
-
-def mesh_in_use() -> jax.sharding.Mesh:
-    """The mesh that is set, or the 1x1 mesh."""
-    mesh = jax.sharding.get_mesh()
-    return mesh_1x1() if mesh.empty else mesh

@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import gc
 import logging
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -59,18 +61,22 @@ class Damaged(Exception):
 class Checkpoints:
     """The checkpoints of one run, in `directory`. `host` is plain data that travels with the arrays."""
 
-    def __init__(self, directory: Path, *, keep_last: int = 1, keep_every: int = 0, read_only: bool = False):
-        """`read_only` leaves alone what another process may be writing there."""
+    def __init__(self, directory: Path, *, keep_last: int = 1, keep_every: int = 0):
         keep: list[Any] = [training.preservation_policies.LatestN(keep_last)]
         if keep_every:
             keep.append(training.preservation_policies.EveryNSteps(keep_every))
         self.directory = directory.absolute()
-        options: dict[str, Any] = {  # Orbax's own protocols do not type-check against its own policies
+        self._options: dict[str, Any] = {  # Orbax's own protocols do not type-check against its own policies
             "save_decision_policy": training.save_decision_policies.FixedIntervalPolicy(1),
             "preservation_policy": training.preservation_policies.AnyPreservationPolicy(keep),
-            "cleanup_tmp_directories": not read_only,
+            "cleanup_tmp_directories": True,
         }
-        self._orbax = training.Checkpointer(str(self.directory), **options)
+        self._writer: training.Checkpointer | None = None  # reading leaves alone what another process is writing
+
+    def _open(self) -> training.Checkpointer:
+        if self._writer is None:
+            self._writer = training.Checkpointer(str(self.directory), **self._options)
+        return self._writer
 
     def save(self, step: int, state: State, host: dict[str, Any]) -> None:
         """Starts writing; returns once the arguments may be changed. A step that is there already is left as it is."""
@@ -80,19 +86,22 @@ class Checkpoints:
         kinds = {name: content_hash(_kinds(tree)) for name, tree in state.items()}
         content = {"host": copy.deepcopy(host), "kinds": kinds, "bits": bits}
         with self._writing():
-            self._orbax.save_checkpointables_async(
+            self._open().save_checkpointables_async(
                 step, dict(state), custom_metadata=content | {"digest": content_hash(content)}, force=True
             )
 
     @property
     def steps(self) -> list[int]:
         """Steps that have a whole checkpoint, oldest first."""
-        return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
 
     def close(self) -> None:
         """Finishes writing and lets go of the folder."""
-        with self._writing():
-            self._orbax.close()
+        if self._writer:
+            with self._writing():
+                self._writer.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -116,17 +125,21 @@ class Checkpoints:
         `damaged` beside this one; the one before is taken. Other shapes or types than those of `abstract` are an
         `InputError`: that is another model, not damage.
         """
-        with self._writing():
-            self._orbax.wait()  # `steps` has the one that is still being written
+        if self._writer:
+            with self._writing():
+                self._writer.wait()
+        found = None
         for step in reversed(self.steps):
             try:
-                state, host = self.read(step, abstract)
+                if found is None:
+                    found = (step, *self.read(step, abstract))
+                else:
+                    self._describe(step)  # Orbax refuses a folder with any description that it cannot read
             except Damaged as damage:
                 aside = self._set_aside(step)
                 say(f"checkpoint {step} is damaged ({damage}); moved to {aside}, going back to the one before")
-                continue
-            return step, state, host
-        return None
+        self._open().reload()
+        return found
 
     def read(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
         """The parts of a checkpoint that `abstract` names, and its host data.
@@ -134,40 +147,54 @@ class Checkpoints:
         Raises `Damaged` where they cannot be read or differ from what was written, `InputError` for other shapes or
         types.
         """
-        try:
-            described = self._orbax.checkpointables_metadata(step)
-            found = {name: _kinds(described.metadata[name]) for name in abstract}
-        except Exception as error:  # Orbax and TensorStore raise many kinds for files they cannot read
-            raise Damaged(_first_line(error)) from error
-        content = dict(cast(dict[str, Any], described.custom_metadata or {}))
-        if content.pop("digest", None) != content_hash(content):
-            raise Damaged("its description does not match its digest")
+        kinds, content = self._describe(step)
         for name, tree in abstract.items():
-            if content_hash(found[name]) != content["kinds"][name]:
+            if content_hash(kinds.get(name)) != content["kinds"].get(name):
                 raise Damaged(f"the shapes of its {name} are not those that were written")
-            if problem := _difference(name, found[name], _kinds(tree)):
+            if problem := _difference(name, kinds[name], _kinds(tree)):
                 raise InputError(f"checkpoint {step} of {self.directory} is of another model: {problem}")
-        try:
-            state = self._orbax.load_checkpointables(step, dict(abstract))
-        except Exception as error:
-            raise Damaged(_first_line(error)) from error
+        with _reading():
+            state = ocp.load_checkpointables(str(self.directory / str(step)), dict(abstract))
         for name in abstract:
             if fingerprint(state[name]) != content["bits"][name]:
                 raise Damaged(f"the bits of its {name} are not those that were written")
         return state, content["host"]
+
+    def _describe(self, step: int) -> tuple[dict[str, dict[str, str]], dict[str, Any]]:
+        """The types and shapes in a checkpoint, and what `save` noted of it."""
+        with _reading():
+            described = ocp.checkpointables_metadata(str(self.directory / str(step)))
+            kinds = {name: _kinds(tree) for name, tree in described.metadata.items()}
+        content = dict(cast(dict[str, Any], described.custom_metadata or {}))
+        if content.pop("digest", None) != content_hash(content):
+            raise Damaged("its description does not match its digest")
+        return kinds, content
 
     def _set_aside(self, step: int) -> Path:
         folder = self.directory.parent / "damaged"
         folder.mkdir(exist_ok=True)
         target = next(t for i in range(1000) if not (t := folder / f"{step}-{i}").exists())
         shutil.move(self.directory / str(step), target)
-        self._orbax.reload()
         return target
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Makes `Damaged` of the many kinds of errors that Orbax and TensorStore raise for files they cannot read."""
+    problem = None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        try:
+            yield
+        except (MemoryError, jax.errors.JaxRuntimeError):  # of this machine, not of the files
+            raise
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            problem = lines[0][:160] if lines else type(error).__name__
+        if problem:
+            gc.collect()  # a load that failed leaves coroutines behind, which warn when they are collected
+    if problem:
+        raise Damaged(problem)
 
 
 def _difference(name: str, found: dict[str, str], wanted: dict[str, str]) -> str | None:
@@ -195,15 +222,12 @@ def load_params(directory: Path, abstract: Any, step: int | None = None) -> Any:
     """
     if not directory.is_dir():
         raise InputError(f"there are no checkpoints in {directory}")
-    checkpoints = Checkpoints(directory, read_only=True)
+    checkpoints = Checkpoints(directory)
+    steps = checkpoints.steps
+    if not steps or (step is not None and step not in steps):
+        raise InputError(f"no checkpoint {'' if step is None else step} in {directory}; it has {steps}")
+    chosen = steps[-1] if step is None else step
     try:
-        steps = checkpoints.steps
-        if not steps or (step is not None and step not in steps):
-            raise InputError(f"no checkpoint {'' if step is None else step} in {directory}; it has {steps}")
-        chosen = steps[-1] if step is None else step
-        try:
-            return checkpoints.read(chosen, {"params": abstract})[0]["params"]
-        except Damaged as damage:
-            raise InputError(f"checkpoint {chosen} of {directory} is damaged: {damage}") from damage
-    finally:
-        checkpoints.close()
+        return checkpoints.read(chosen, {"params": abstract})[0]["params"]
+    except Damaged as damage:
+        raise InputError(f"checkpoint {chosen} of {directory} is damaged: {damage}") from damage

@@ -9,7 +9,7 @@ from fbi.data.tokenizer import Tokenizer
 from fbi.errors import InputError
 from fbi.lazy import make_callable
 from fbi.model import Model, Params
-from fbi.model.axes import mesh_1x1
+from fbi.model.axes import mesh_in_use
 from fbi.model.convert import adapt
 from fbi.model.convert_gguf import smollm2
 from fbi.model.convert_hf import load_safetensors
@@ -44,8 +44,7 @@ def load(directory: str | Path, step: int | None = None) -> Loaded:
     directory = Path(directory)
     run = read_run(directory)
     model = build_model(run)
-    mesh = jax.sharding.get_mesh()
-    with jax.set_mesh(mesh_1x1() if mesh.empty else mesh):
+    with jax.set_mesh(mesh_in_use()):
         params = load_params(directory / "checkpoints", on_mesh(model.abstract()), step)
     return Loaded(model, params, Tokenizer.load(directory / "tokenizer.json"))
 

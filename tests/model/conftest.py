@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from fbi.model import Model, ModelConfig
-from fbi.model.convert_layout import leaves, mesh_in_use, on
+from fbi.model.axes import mesh_in_use
+from fbi.model.convert_layout import leaves, on
 
 TINY = ModelConfig(vocab=64, dim=32, layers=3, heads=4, kv_heads=4, head_dim=8, ff=48, context=64)
 
