@@ -1,6 +1,5 @@
 """Losses against their formulas, written out in NumPy and float64."""
 
-import dataclasses
 import math
 
 import jax
@@ -187,7 +186,7 @@ def test_text_is_read_as_terms(text, terms):
     ("text", "says"),
     [
         ("", "'' is not WEIGHT.KIND:OPTIONS"),
-        ("kl", "unknown loss 'kl'; valid: ad, ce, mix"),
+        ("xent", "unknown loss 'xent'; valid: ad, ce"),
         ("mx", r"did you mean 'mix'\?"),
         ("ce +", "'' is not WEIGHT.KIND:OPTIONS"),
         ("2**ce", "is not WEIGHT.KIND"),
@@ -231,7 +230,6 @@ def test_shapes_that_do_not_fit_are_refused():
 
 def test_every_kind_is_tested_here():
     assert set(KINDS) == {"ce", "ad"}
-    assert {field.name for field in dataclasses.fields(Loss)} == {"terms"}
 
 
 @pytest.mark.parametrize("text", ["ce", "ad", "ad:temperature=2,top_k=3", "mix"])

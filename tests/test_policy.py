@@ -128,7 +128,7 @@ def test_the_module_reads_a_policy_when_it_is_called():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "unknown policy ''; valid: .*bitnet-b158, fbi, fp"),
+        ("", "unknown policy ''; valid: .*bitnet-b158.* fp"),
         ("bitnet-b1.58", r"did you mean 'bitnet-b158'\?"),
         ("layers.*", "GLOB: w=METHOD;a=METHOD"),
         (": w=fbi", "has no site or no methods; write GLOB"),
@@ -138,7 +138,7 @@ def test_the_module_reads_a_policy_when_it_is_called():
         ("layers.*: w=fbi;w=none", "gives w twice"),
         ("layers.*: w=fbi |", "rule '' has no site"),
         ("layers.*: w=fbj", "unknown method 'fbj'.*did you mean 'fbi'.*bitnet-b158"),
-        ("layers.*: w=fbi:bits=1", "unknown fbi option 'bits'; valid: frozen, granularity, shift, surrogate"),
+        ("layers.*: w=fbi:bits=1", "unknown fbi option 'bits'; valid: frozen, granularity"),
         ("layers.*: w=fbi:shift", "has no value; write fbi:shift=VALUE"),
         ("layers.*: w=fbi:shift=maybe", "shift='maybe'.*is not valid; allowed: bool"),
         ("layers.*: w=fbi:granularity=row", "'row'.*allowed: input|output|tensor"),

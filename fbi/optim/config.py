@@ -38,10 +38,15 @@ class OptimizerConfig:
 def check(config: OptimizerConfig) -> None:
     """Refuses values out of range, naming the field."""
     for name, low, high in (
-        ("lr", 0, None), ("second_lr", 0, None), ("warmup", 0, None), ("final", 0, 1), ("decay_share", 0, 1),
+        ("lr", 0, None), ("second_lr", 0, None), ("warmup", 0, 1e9), ("final", 0, 1), ("decay_share", 0, 1),
         ("b1", 0, 1), ("b2", 0, 1), ("weight_decay", 0, None), ("clip", 0, None),
     ):  # fmt: skip
         value = getattr(config, name)
         if not value >= low or (high is not None and value > high):
             upper = f" and at most {high}" if high is not None else ""
             raise InputError(f"optimizer.{name}={value} is out of range; it must be at least {low}{upper}")
+    for name in ("b1", "b2"):
+        if getattr(config, name) == 1:
+            raise InputError(f"optimizer.{name}=1.0 is out of range; it must be below 1")
+    if not config.eps > 0:
+        raise InputError(f"optimizer.eps={config.eps} is out of range; it must be above 0")

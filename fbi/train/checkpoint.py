@@ -7,10 +7,10 @@ import logging
 import os
 import re
 import shutil
-import warnings
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from fbi.files import content_hash
 from fbi.train.step import State
 
 training = ocp.training
+Result = TypeVar("Result")
 # Orbax prints a traceback of every write that fails, and raises the exception besides: it is told once, in one line.
 logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
 
@@ -153,22 +154,27 @@ class Checkpoints:
                 raise Damaged(f"the shapes of its {name} are not those that were written")
             if problem := _difference(name, kinds[name], _kinds(tree)):
                 raise InputError(f"checkpoint {step} of {self.directory} is of another model: {problem}")
-        with _reading():
-            state = ocp.load_checkpointables(str(self.directory / str(step)), dict(abstract))
+        state: State = {}
         for name in abstract:
+            part = {name: abstract[name]}  # one by one: where one fails, Orbax never awaits its coroutines for the rest
+            state |= _attempt(lambda part=part: ocp.load_checkpointables(str(self.directory / str(step)), part))
             if fingerprint(state[name]) != content["bits"][name]:
                 raise Damaged(f"the bits of its {name} are not those that were written")
         return state, content["host"]
 
     def _describe(self, step: int) -> tuple[dict[str, dict[str, str]], dict[str, Any]]:
         """The types and shapes in a checkpoint, and what `save` noted of it."""
-        with _reading():
+
+        def describe() -> tuple[dict[str, dict[str, str]], dict[str, Any]]:
             described = ocp.checkpointables_metadata(str(self.directory / str(step)))
-            kinds = {name: _kinds(tree) for name, tree in described.metadata.items()}
-        content = dict(cast(dict[str, Any], described.custom_metadata or {}))
-        if content.pop("digest", None) != content_hash(content):
-            raise Damaged("its description does not match its digest")
-        return kinds, content
+            content = dict(cast(dict[str, Any], described.custom_metadata or {}))
+            if content.pop("digest", None) != content_hash(content):
+                raise Damaged("its description does not match its digest")
+            if unread := [name for name in content["kinds"] if described.metadata.get(name) is None]:
+                raise Damaged(f"its {' and '.join(unread)} cannot be read")
+            return {name: _kinds(tree) for name, tree in described.metadata.items()}, content
+
+        return _attempt(describe)
 
     def _set_aside(self, step: int) -> Path:
         folder = self.directory.parent / "damaged"
@@ -178,23 +184,33 @@ class Checkpoints:
         return target
 
 
-@contextlib.contextmanager
-def _reading() -> Iterator[None]:
-    """Makes `Damaged` of the many kinds of errors that Orbax and TensorStore raise for files they cannot read."""
-    problem = None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+def _attempt(read: Callable[[], Result]) -> Result:
+    """What `read` gives, or `Damaged` for the many kinds of errors that Orbax and TensorStore raise.
+
+    All else that they say about these, also when what they leave behind is collected, is kept off standard error.
+    """
+    disabled, hook = logging.root.manager.disable, sys.unraisablehook
+    logging.disable()
+    sys.unraisablehook = lambda _: None
+    try:
         try:
-            yield
+            return read()
         except (MemoryError, jax.errors.JaxRuntimeError):  # of this machine, not of the files
             raise
         except Exception as error:
-            lines = str(error).strip().splitlines()
-            problem = lines[0][:160] if lines else type(error).__name__
-        if problem:
-            gc.collect()  # a load that failed leaves coroutines behind, which warn when they are collected
-    if problem:
-        raise Damaged(problem)
+            problem = _innermost(error)
+        gc.collect()
+    finally:
+        logging.disable(disabled)
+        sys.unraisablehook = hook
+    raise Damaged(problem)
+
+
+def _innermost(error: BaseException) -> str:
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
 
 
 def _difference(name: str, found: dict[str, str], wanted: dict[str, str]) -> str | None:

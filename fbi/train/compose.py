@@ -28,6 +28,7 @@ from fbi.train.run import Execution, Run
 from fbi.train.rundir import Metrics, begin, environment, locked, take_back
 from fbi.train.step import State, abstract_state, make_step
 
+STEPS = 1 << 31  # the optimizer counts them in 32 bits
 SEEDS = 1 << 32  # jax takes a seed modulo this: beyond it two seeds would be one
 
 
@@ -68,6 +69,8 @@ def check(run: Run, execution: Execution = Execution()) -> None:
     ):
         if value < least:
             raise InputError(f"{name}={value} must be at least {least}")
+    if run.steps >= STEPS:
+        raise InputError(f"steps={run.steps} must be below {STEPS}")
     if not 0 <= run.seed < SEEDS:
         raise InputError(f"seed={run.seed} must be at least 0 and below {SEEDS}")
     if run.guard.spike <= 0:

@@ -46,6 +46,7 @@ def teacher(home, tiny):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FBI_CACHE", str(home / "cache"))
         assert main(["train", str(home / "teacher"), *assignments(*tiny), *EXECUTION]) == 0
+    assert sorted(path.name for path in (home / "teacher" / "checkpoints").iterdir()) == ["1", "2"]
     return home / "teacher"
 
 
@@ -82,6 +83,7 @@ def console() -> Callable[..., Ended]:
     """Runs the console script; `limit` is the most bytes that a file may have, which stands for a full disk."""
 
     def run(*arguments: object, limit: int = 0, **environment: str) -> Ended:
+        environment = {"JAX_NUM_CPU_DEVICES": "8"} | environment  # as here: what was compiled here serves there
         command = [str(Path(sys.executable).with_name("fbi")), *map(str, arguments)]
         if limit:
             environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}  # reads what is compiled, adds nothing

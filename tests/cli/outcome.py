@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ONE_DEVICE = ("--mesh", "data=1")
-EXECUTION = (*ONE_DEVICE, "--log-every", "1", "--unroll", "1")
+EXECUTION = (*ONE_DEVICE, "--log-every", "1", "--checkpoint-every", "1")
 
 
 class Ended(NamedTuple):

@@ -1,6 +1,5 @@
 """Bad input of every kind: one clear line on standard error, exit code 2, and nothing half-made left behind."""
 
-import dataclasses
 import gzip
 import json
 import shutil
@@ -70,13 +69,13 @@ def test_a_config_file(content, says, fbi, new, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        pytest.param(["policy=nonsense"], ["unknown policy 'nonsense'", "bitnet-b158, fbi, fp"], id="policy"),
+        pytest.param(["policy=nonsense"], ["unknown policy 'nonsense'", "bitnet-b158", "fbi"], id="policy"),
         pytest.param(["policy=layers.*: fbi"], ["'fbi' names neither w nor a", "GLOB: w=METHOD"], id="malformed rule"),
         pytest.param(["policy=layers.{0: w=fbi"], ["'layers.{0' has unbalanced"], id="braces"),
         pytest.param(["policy=layers.*: w=fbj"], ["unknown method 'fbj'", "did you mean 'fbi'", "absmax"], id="method"),
         pytest.param(
             ["policy=layers.*: w=fbi:bits=2"],
-            ["unknown fbi option 'bits'", "valid: frozen, granularity, shift"],
+            ["unknown fbi option 'bits'", "valid: frozen, granularity"],
             id="method option",
         ),
         pytest.param(
@@ -93,7 +92,7 @@ def test_a_config_file(content, says, fbi, new, tmp_path):
             id="shadowed rule",
         ),
         pytest.param(["policy=*: w=fbi"], ["embedding keeps no learned scales", "'embed: w=none' before"], id="embed"),
-        pytest.param(["loss=kl"], ["unknown loss 'kl'", "valid: ad, ce, mix"], id="loss"),
+        pytest.param(["loss=xent"], ["unknown loss 'xent'", "valid: ", "ad, ce"], id="loss"),
         pytest.param(["loss=ad:temp=2"], ["unknown ad option 'temp'", "temperature, top_k"], id="loss option"),
         pytest.param(["loss=ad:temperature=0"], ["temperature=0.0 must be above 0"], id="temperature of the loss"),
         pytest.param(["loss=ad"], ["loss='ad' needs a teacher", "set teacher"], id="no teacher"),
@@ -111,6 +110,10 @@ def test_a_config_file(content, says, fbi, new, tmp_path):
         pytest.param(["data.validation=1"], ["validation is 1.0", "below 1"], id="share"),
         pytest.param(["steps=-3"], ["steps=-3 must be at least 1"], id="negative steps"),
         pytest.param(["steps=1.5"], ["steps='1.5' is not a whole number"], id="broken steps"),
+        pytest.param(["steps=9" + "0" * 30], ["must be below 2147483648"], id="large steps"),
+        pytest.param(["optimizer.warmup=1e30"], ["optimizer.warmup=1e+30 is out of range"], id="warm-up"),
+        pytest.param(["optimizer.b2=1"], ["optimizer.b2=1.0 is out of range", "below 1"], id="beta"),
+        pytest.param(["optimizer.eps=0"], ["optimizer.eps=0.0 is out of range", "above 0"], id="epsilon"),
         pytest.param(["seed=-1"], ["seed=-1 must be at least 0 and below 4294967296"], id="seed"),
         pytest.param(["seed=99999999999999999999"], ["seed=99999999999999999999 must be"], id="large seed"),
         pytest.param(["optimizer.lr=fast"], ["optimizer.lr='fast' is not a number"], id="learning rate, text"),
@@ -160,7 +163,7 @@ def test_an_execution(execution, says, train, new):
         pytest.param("a.txt", b" \n", ["holds no text"], id="empty"),
         pytest.param("a.txt", b"much too short\n", ["less than one window of 16 + 1", "give more text"], id="short"),
         pytest.param(
-            "a.txt.gz", gzip.compress(b"text " * 99)[:30], ["not a whole gzip file", "make or fetch"], id="gz"
+            "a.txt.gz", gzip.compress(b"text " * 99)[:20], ["not a whole gzip file", "make or fetch"], id="gz"
         ),
         pytest.param("a.txt.gz", b"text", ["a.txt.gz is not a whole gzip file", "make or fetch"], id="no gz"),
         pytest.param("a.png", b"text", ["a.png has an unknown suffix", ".txt, .txt.gz"], id="suffix"),
@@ -176,7 +179,7 @@ def test_a_corpus(name, content, says, train, new, tmp_path, cache):
         path.write_bytes(content)
     before = listing(cache)
     refused(train(new, f"data.corpus=text:{path}"), *says)
-    made = {path.partition("/")[0] for path in listing(cache) - before}
+    made = {path.partition("/")[0] for path in listing(cache) - before if "/" in path}
     assert made <= {"corpora", "tokenizers"}  # each whole: a short corpus fails only when it is cut into windows
     assert not list(cache.rglob(".*"))
 
@@ -318,11 +321,11 @@ def test_a_damaged_run(file, content, command, says, fbi, copied):
     (copied / file).write_text(content)
     before = contents(copied)
     for name in command:
-        refused(fbi(name, copied), *says)
+        refused(fbi(name, copied, *(EXECUTION if name == "train" else ())), *says)
     assert contents(copied) == before
 
 
-@pytest.mark.parametrize("line", ["5", "junk", '{"a": 1}', '{"kind": "train", "step": "x"}'])
+@pytest.mark.parametrize("line", ["junk", '{"a": 1}'])
 def test_a_damaged_record_stays_as_it_is(line, train, copied):
     (copied / "done.json").unlink()
     with (copied / "metrics.jsonl").open("a") as file:
@@ -382,7 +385,7 @@ def test_an_option(arguments, says, fbi, teacher):
 
 
 def test_the_other_commands(fbi, tmp_path):
-    refused(fbi("policy", "nope"), "unknown policy 'nope'", "bitnet-b158, fbi, fp", "GLOB: w=METHOD")
+    refused(fbi("policy", "nope"), "unknown policy 'nope'", "bitnet-b158", "GLOB: w=METHOD")
     refused(fbi("policy", "layers.*: a=fbi"), "'fbi' cannot take the role activation")
     refused(fbi("policy", "fbi", "--model", "nan0"), "unknown model 'nan0'", "did you mean 'nano'")
     refused(fbi("demo", "--directory", tmp_path / "demo", "--steps", "-1"), "steps=-1 must be at least 1")
@@ -430,33 +433,35 @@ def test_a_full_disk_while_data_are_prepared(console, fbi, tiny, new, tmp_path, 
     assert fbi("data", *assignments(*tiny)).code == 0
 
 
-def test_a_full_disk_while_a_run_writes_and_the_same_command_once_there_is_room(console, train, tiny, tmp_path):
-    run, straight = tmp_path / "run", tmp_path / "straight"
-    settings, execution = ("steps=20",), (*EXECUTION, "--eval-every", "1")
-    command = ("train", run, *assignments(*tiny, *settings), *execution)
-
-    refused(console(*command, limit=5000), f"cannot write {run / 'metrics.jsonl'}: File too large", "start again")
-    assert (run / "metrics.jsonl").stat().st_size <= 5000
-    begun = {".lock", "checkpoints", "config.json", "env.json", "metrics.jsonl", "summary.json", "tokenizer.json"}
-    assert listing(run) == begun
-
-    refused(console(*command, limit=20_000), f"cannot write a checkpoint in {run / 'checkpoints'}: File too large")
-    assert not (run / "done.json").exists()
-    assert not [path for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
-
-    ended = train(run, *settings, execution=execution)
-    assert (ended.code, ended.err) == (0, "")
-    assert train(straight, *settings, "name=run", execution=execution).code == 0
-    assert rows(run) == rows(straight)
-    assert [row["step"] for row in rows(run) if row["kind"] == "train"] == list(range(1, 21))
-
-
 def rows(run):
     """The record, without what differs from one execution to the next."""
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not name.startswith("time_")} for row in found]
 
 
-def test_the_names_of_fields_here_are_those_of_a_run():
-    """A guard for `config` above: what it calls wrong is not there."""
-    assert not {"stepz"} & {field.name for field in dataclasses.fields(Run)}
+def test_a_full_disk_while_a_checkpoint_is_written(console, train, tiny, teacher, tmp_path):
+    run = tmp_path / "run"
+    ended = console("train", run, *assignments(*tiny), *EXECUTION, limit=20_000)
+    refused(ended, f"cannot write a checkpoint in {run / 'checkpoints'}: File too large", "the same command continues")
+    assert not (run / "done.json").exists()
+    assert not [path for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
+    ended = train(run)
+    assert (ended.code, ended.err) == (0, "")
+    assert rows(run) == rows(teacher)
+
+
+def test_a_full_disk_while_the_record_is_written(console, train, tiny, teacher, copied):
+    (copied / "done.json").unlink()
+    shutil.rmtree(copied / "checkpoints" / "2")
+    note = {"kind": "event", "step": 0, "what": "note", "text": "long " * 4000}
+    lines = [*(copied / "metrics.jsonl").read_text().splitlines(), json.dumps(note)]
+    (copied / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    room = sum(len(line) + 1 for line in lines if json.loads(line)["step"] <= 1) + 9
+    ended = console("train", copied, *EXECUTION, limit=room)
+    refused(ended, f"cannot write {copied / 'metrics.jsonl'}: File too large", "free some space and start again")
+    assert (copied / "metrics.jsonl").stat().st_size <= room
+    kept = {path: data for path, data in contents(teacher / "checkpoints").items() if not path.startswith("2/")}
+    assert contents(copied / "checkpoints") == kept
+    ended = train(copied)
+    assert (ended.code, ended.err) == (0, "")
+    assert [row for row in rows(copied) if row["kind"] != "event"] == rows(teacher)

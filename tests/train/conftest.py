@@ -113,8 +113,8 @@ def killed(home):
 @pytest.fixture(scope="session")
 def half_written(home):
     """A run killed while it was writing a checkpoint."""
-    moment = lambda d: last_step(d) > EARLY and bool(temporaries(d))  # noqa: E731
-    return _kill(home, "half", moment, "--checkpoint_every", "1", JAX_LOG_COMPILES="1")
+    moment = lambda d: last_step(d) > EARLY and bool(temporaries(d))
+    return _kill(home, "half", moment, "--checkpoint_every", "3", JAX_LOG_COMPILES="1")
 
 
 @pytest.fixture
