@@ -99,7 +99,8 @@ def test_of_damage_only_one_line_is_said(killed, home, reference):
     finished(ended, directory)
     assert ended.err == ""
     aside = f"{directory}/damaged/{newest}-0"
-    first = f"tiny: checkpoint {newest} is damaged (its params cannot be read); moved to {aside}, going back to the one before"
+    why = "its params cannot be read"
+    first = f"tiny: checkpoint {newest} is damaged ({why}); moved to {aside}, going back to the one before"
     assert ended.out.splitlines()[:2] == [first, f"tiny: continuing from step {before}"]
     assert_same(directory, reference)
 
