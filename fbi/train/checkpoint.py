@@ -137,8 +137,8 @@ class Checkpoints:
                 else:
                     self._describe(step)  # Orbax refuses a folder with any description that it cannot read
             except Damaged as damage:
-                aside = self._set_aside(step)
-                say(f"checkpoint {step} is damaged ({damage}); moved to {aside}, going back to the one before")
+                then = "" if found else ", going back to the one before"
+                say(f"checkpoint {step} is damaged ({damage}); moved to {self._set_aside(step)}{then}")
         self._open().reload()
         return found
 

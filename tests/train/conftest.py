@@ -13,6 +13,7 @@ from support import (
     files,
     finished,
     last_step,
+    saved,
     temporaries,
     tiny,
     write_config,
@@ -112,8 +113,8 @@ def killed(home):
 
 @pytest.fixture(scope="session")
 def half_written(home):
-    """A run killed while it was writing a checkpoint."""
-    moment = lambda d: last_step(d) > EARLY and bool(temporaries(d))
+    """A run killed while it was writing a checkpoint, with a whole one before it."""
+    moment = lambda d: last_step(d) > EARLY and bool(saved(d)) and bool(temporaries(d))
     return _kill(home, "half", moment, "--checkpoint_every", "3", JAX_LOG_COMPILES="1")
 
 
