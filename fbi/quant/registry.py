@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from fbi.errors import InputError, unknown
 from fbi.quant.quantizer import Quantizer
@@ -14,12 +14,26 @@ CONTRACTION_AXIS: dict[str, int] = {"weight": 0, "activation": -1}
 Option = bool | int | float | str
 
 
+class Choices(NamedTuple):
+    """The choices that make a method, in words, for the table of methods."""
+
+    scale: str
+    grid: str
+    surrogate: str
+    transform: str = "none"
+    around: str = "none"
+    """What the method adds around the product, or expects of the loss."""
+    notes: str = ""
+    """Where the published code differs from the paper, and what was decided."""
+
+
 class Entry(NamedTuple):
     """One row of the registry."""
 
     build: Callable[..., Quantizer]
     roles: tuple[str, ...]
     paper: str
+    choices: Choices
     options: dict[str, inspect.Parameter]
 
     @property
@@ -31,27 +45,39 @@ class Entry(NamedTuple):
 REGISTRY: dict[str, Entry] = {}
 
 
-def method(name: str, *, roles: tuple[str, ...], paper: str) -> Callable[[Callable[..., Quantizer]], Any]:
+BOTH, WEIGHT, ACTIVATION = ("weight", "activation"), ("weight",), ("activation",)
+
+
+def method(
+    name: str, *, roles: tuple[str, ...], paper: str, choices: Choices
+) -> Callable[[Callable[..., Quantizer]], Callable[..., Quantizer]]:
     """Registers `build(role, **options) -> Quantizer` under `name`; its keyword defaults are the options."""
 
     def register(build: Callable[..., Quantizer]) -> Callable[..., Quantizer]:
         options = {k: p for k, p in inspect.signature(build).parameters.items() if p.kind is p.KEYWORD_ONLY}
-        REGISTRY[name] = Entry(build, roles, paper, options)
+        REGISTRY[name] = Entry(build, roles, paper, choices, options)
         return build
 
     return register
 
 
+def listed(parameter: inspect.Parameter) -> tuple[Option, ...]:
+    """The values that an option may take, where they are listed: Literal[...], or Annotated[float, (values)]."""
+    annotation = parameter.annotation
+    if get_origin(annotation) is Annotated:
+        return annotation.__metadata__[0]
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
 def allowed_text(parameter: inspect.Parameter) -> str:
     """The values that an option accepts, for a message or a table."""
-    annotation = parameter.annotation
-    return "|".join(map(str, get_args(annotation))) if get_origin(annotation) is Literal else annotation.__name__
+    return "|".join(map(str, listed(parameter))) or parameter.annotation.__name__
 
 
 def _checked(name: str, option: str, value: Option, parameter: inspect.Parameter) -> Option:
     annotation = parameter.annotation
-    if get_origin(annotation) is Literal:
-        valid = value in get_args(annotation)
+    if listed(parameter):
+        valid = value in listed(parameter) and not isinstance(value, bool)
     elif annotation is float:
         valid = isinstance(value, int | float) and not isinstance(value, bool)
     else:
@@ -137,7 +163,27 @@ def _built(method: Method, role: str) -> Quantizer:
     if role not in entry.roles:
         fitting = ", ".join(sorted(name for name, other in REGISTRY.items() if role in other.roles))
         raise InputError(f"method {method.name!r} cannot take the role {role}; methods that can: {fitting}")
-    return entry.build(role, **dict(method.options))
+    exact = {
+        k: float(v)
+        if get_origin(entry.options[k].annotation) is Annotated or entry.options[k].annotation is float
+        else v
+        for k, v in method.options
+    }
+    return entry.build(role, **exact)
+
+
+def variants(name: str) -> list[Method]:
+    """The method as it stands, then with each value of each option that has a closed set of them, one at a time.
+
+    Surrogates are left out: they change no value, and any goes with any method.
+    """
+    found = [Method(name)]
+    for option, parameter in REGISTRY[name].options.items():
+        if option == "surrogate":
+            continue
+        values = (False, True) if parameter.annotation is bool else listed(parameter)
+        found += [Method(name, **{option: value}) for value in values if value != parameter.default]
+    return found
 
 
 def quantizer(text: str | Method | dict[str, Any] | None = None, role: str = "weight") -> Quantizer:

@@ -1,13 +1,19 @@
 """Transforms: invertible maps of a tensor that come before its rounding and are undone after it."""
 
 import dataclasses
+import functools
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
+
+from fbi.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """The identity; a method that rotates or centres overrides both directions. Frozen: it travels in pytrees."""
+    """The identity; a method that rotates overrides both directions. Frozen: it travels in pytrees."""
 
     def forward(self, x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
         """The tensor in the basis where it is rounded; `axis` is the contraction axis."""
@@ -19,5 +25,64 @@ class Transform:
         del axis
         return y
 
+    @property
+    def mixes(self) -> bool:
+        """Whether it mixes entries along the contraction axis, which must then lie whole on a device."""
+        return False
+
 
 IDENTITY = Transform()
+
+
+@functools.cache
+def sylvester(width: int) -> np.ndarray:
+    """The symmetric orthonormal Hadamard matrix of a power-of-two width, [[H, H], [H, -H]] / sqrt(2) recursively."""
+    h = np.ones((1, 1))
+    while len(h) < width:
+        h = np.block([[h, h], [h, -h]])
+    return h / np.sqrt(width)
+
+
+def largest_block(width: int) -> int:
+    """The largest power of two that divides `width`."""
+    return width & -width
+
+
+@dataclasses.dataclass(frozen=True)
+class Hadamard(Transform):
+    """Orthonormal Hadamard rotation of each block of neighbours along the contraction axis; its own inverse.
+
+    QuEST, arXiv 2502.05003, section 3.2 (block 128); BitNet v2, 2504.18415, eq. 3 and 4 (`block=-1`: the whole width).
+    As a product with the matrix: for blocks to 256 that measured faster than the butterfly, forward and backward.
+    """
+
+    block: int
+
+    @property
+    def mixes(self) -> bool:
+        """A block must lie on one device."""
+        return True
+
+    def width(self, size: int) -> int:
+        """The block for an axis of that size; an `InputError` that offers one where it does not divide."""
+        block = size if self.block == -1 else self.block
+        if block < 1 or block & (block - 1) or size % block:
+            raise InputError(
+                f"a Hadamard block of {block} does not fit the width {size}: a power of two that divides it; "
+                f"use block={largest_block(size)}"
+            )
+        return block
+
+    def forward(self, x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+        """Each block times the matrix."""
+        axis %= x.ndim
+        block = self.width(x.shape[axis])
+        h = jnp.asarray(sylvester(block), x.dtype)
+        blocked = x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
+        dims = (((axis + 1,), (0,)), ((), ()))
+        rotated = jax.lax.dot_general(blocked, h, dims, precision=jax.lax.Precision.HIGHEST)
+        return jnp.moveaxis(rotated, -1, axis + 1).reshape(x.shape)
+
+    def inverse(self, y: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+        """The same: the matrix is symmetric and orthonormal."""
+        return self.forward(y, axis)
