@@ -17,7 +17,7 @@ import jax
 
 from fbi.errors import InputError, unknown
 from fbi.lazy import make_callable
-from fbi.quant import BitReport, Method
+from fbi.quant import BitReport, Method, Quantizer
 
 NONE = Method("none")
 OPT_IN = ("kv", "probs")
@@ -46,6 +46,10 @@ class Methods(NamedTuple):
 
     weight: Method = NONE
     activation: Method = NONE
+
+    def build(self) -> tuple[Quantizer, Quantizer]:
+        """The quantizers of weight and activation."""
+        return self.weight.build("weight"), self.activation.build("activation")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,20 +1,25 @@
 """Causal grouped-query attention with rotary positions, behind one function a platform may replace."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from fbi.model import taps
 from fbi.model.axes import Axes
-from fbi.model.linear import Linear
+from fbi.model.learned import Operand, leaves_of
+from fbi.model.linear import Linear, for_site
 from fbi.model.norm import RMSNorm
 from fbi.policy import NONE, Methods
-from fbi.quant import Ctx
+from fbi.quant import Ctx, QParams
 
 LONG = 256  # queries from which on a CPU takes sequences one by one; measured: slower at 128, faster at 256
+
+
+Weigh = Callable[[Array, Array, Any], Array]  # (scores, allowed, what it needs) -> attention weights
 
 
 class Cache(NamedTuple):
@@ -43,25 +48,45 @@ def rotate(x: Float[Array, "b t h k"], positions: Int[Array, " t"], base: float)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
+def scores(q: Float[Array, "t h k"], k: Float[Array, "s g k"]) -> Float[Array, "g r t s"]:
+    """Scaled products of queries and keys, by group and query head of the group."""
+    t, h, width = q.shape
+    g = k.shape[1]
+    queries = q.reshape(t, g, h // g, width).transpose(1, 2, 0, 3)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    return jnp.einsum("grtk,gks->grts", queries, k.transpose(1, 2, 0), preferred_element_type=wide) / width**0.5
+
+
+def _exponentials(scores: Float[Array, "g r t s"], allowed: Bool[Array, "#g #r t s"]) -> tuple[Array, Array]:
+    """The softmax before its division: numerators, and their sums."""
+    scores = jnp.where(allowed, scores, jnp.finfo(scores.dtype).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True)))
+    return weights, jnp.sum(weights, -1, keepdims=True)
+
+
+def softmax_weights(scores: Float[Array, "g r t s"], allowed: Bool[Array, "#g #r t s"]) -> Float[Array, "g r t s"]:
+    """Attention probabilities."""
+    weights, total = _exponentials(scores, allowed)
+    return weights / total
+
+
 def _one_sequence(
     q: Float[Array, "t h k"],
     k: Float[Array, "s g k"],
     v: Float[Array, "s g k"],
     allowed: Bool[Array, "t s"],
-    probs: Callable[[Array], Array] | None,
+    weigh: Weigh | None,
+    needs: Any,
 ) -> Float[Array, "t h k"]:
-    """Softmax attention of one sequence, heads first; normalised after the value product unless `probs` is given."""
+    """Attention of one sequence, heads first; a plain softmax is normalised after the value product."""
     t, h, width = q.shape
-    g = k.shape[1]
-    queries = q.reshape(t, g, h // g, width).transpose(1, 2, 0, 3)
-    keys, values = k.transpose(1, 2, 0), v.transpose(1, 0, 2)
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("grtk,gks->grts", queries, keys, preferred_element_type=wide) / width**0.5
-    scores = jnp.where(allowed[None, None], scores, jnp.finfo(wide).min)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True)))
-    total = jnp.sum(weights, -1, keepdims=True)
-    if probs is not None:
-        weights, total = probs(weights / total), jnp.ones_like(total)
+    values, products = v.transpose(1, 0, 2), scores(q, k)
+    wide = products.dtype
+    if weigh is None:
+        weights, total = _exponentials(products, allowed[None, None])
+    else:
+        weights = weigh(products, allowed[None, None], needs)
+        total = jnp.ones_like(weights[..., :1])
     mixed = jnp.einsum("grts,gsk->grtk", weights.astype(q.dtype), values, preferred_element_type=wide) / total
     return mixed.transpose(2, 0, 1, 3).reshape(t, h, width).astype(q.dtype)
 
@@ -71,15 +96,17 @@ def attention(
     k: Float[Array, "b s g k"],
     v: Float[Array, "b s g k"],
     where: Where,
-    probs: Callable[[Array], Array] | None = None,
+    weigh: Weigh | None = None,
+    needs: Any = (),
 ) -> Float[Array, "b t h k"]:
     """Attention of each query to the keys at or before its position, within its document where documents are given.
 
-    `probs` maps the attention probabilities (a quantizer). Batch and heads stay on their devices. On a CPU long
+    `weigh` takes the place of the softmax (a quantizer of probabilities, a boolean rule); `needs` are the arrays it
+    reads. Batch and heads stay on their devices. On a CPU long
     sequences are taken one by one and recomputed in the backward pass: their scores then stay in the cache.
     """
 
-    def local(q: Array, k: Array, v: Array, where: Where) -> Array:
+    def local(q: Array, k: Array, v: Array, where: Where, needs: Any) -> Array:
         causal = where.queries[:, None] >= where.keys[None, :]
 
         def one(row: tuple[Array, ...]) -> Array:
@@ -88,7 +115,7 @@ def attention(
             for document in documents:  # one, or none where attention may cross documents
                 queried = jnp.take(document, jnp.searchsorted(where.keys, where.queries))
                 allowed = causal & (queried[:, None] == document[None, :])
-            return _one_sequence(q, k, v, allowed, probs)
+            return _one_sequence(q, k, v, allowed, weigh, needs)
 
         rows = (q, k, v) if where.documents is None else (q, k, v, where.documents)
         together = lambda *rows: jax.vmap(lambda *row: one(row))(*rows)  # noqa: E731
@@ -97,7 +124,7 @@ def attention(
         in_turn = lambda *rows: jax.lax.map(jax.checkpoint(one), rows)  # noqa: E731
         return jax.lax.platform_dependent(*rows, cpu=in_turn, default=together)
 
-    return jax.shard_map(local, out_specs=jax.typeof(q).sharding.spec)(q, k, v, where)
+    return jax.shard_map(local, out_specs=jax.typeof(q).sharding.spec)(q, k, v, where, needs)
 
 
 class Attention(nnx.Module):
@@ -112,10 +139,12 @@ class Attention(nnx.Module):
         rope_base: float,
         cache: Methods,
         probs: Methods,
+        dtype: jnp.dtype,
         axes: Axes,
     ):
         self.head_dim, self.rope_base, self.axes = head_dim, rope_base, axes
-        self.cache_methods, self.probs_methods, self.sub_norm = cache, probs, sub_norm
+        self.sub_norm = sub_norm
+        self.kv, self.probs = Operand(cache, 4, head_dim, dtype, "attn.kv"), Operand(probs, 4, 1, dtype, "attn.probs")
         self.q, self.k, self.v, self.o = (linear(f"attn.{name}") for name in "qkvo")
 
     def __call__(
@@ -130,20 +159,33 @@ class Attention(nnx.Module):
 
         q, k, v = (heads(project(x, hidden, ctx)) for project in (self.q, self.k, self.v))
         q, k = (rotate(y, where.queries, self.rope_base) for y in (q, k))
-        if self.cache_methods.activation != NONE:
-            quantize = self.cache_methods.activation.build("activation")
-            k, v = (quantize.apply(y, {}, ctx).astype(x.dtype) for y in (k, v))
+        positioned = ctx._replace(positions=where.queries)
+        k, v = (self.kv(y, for_site(positioned, name)) for y, name in ((k, "attn.k.cache"), (v, "attn.v.cache")))
         if cache is not None:
             start = where.queries[0]
             k, v = (jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
                     for old, new in zip(cache, (k, v), strict=True))  # fmt: skip
             cache = Cache(k, v)
-        probs = None
-        if self.probs_methods.activation != NONE:
-            quantizer = self.probs_methods.activation.build("activation")
-            probs = lambda p: quantizer.apply(p, {}, ctx)  # noqa: E731
-        mixed = attention(q, k, v, where, probs)
+        taps.tap("attn.qk", (q, k))
+        weigh, needs = self._weigh(for_site(ctx, "attn.probs"))
+        mixed = attention(q, k, v, where, weigh, needs)
         mixed = jnp.reshape(mixed, (b, t, mixed.shape[2] * self.head_dim), out_sharding=hidden)
         if self.sub_norm is not None:
             mixed = self.sub_norm(mixed)
         return self.o(mixed, self.axes.stream, ctx), cache
+
+    def _weigh(self, ctx: Ctx) -> tuple[Weigh | None, Any]:
+        """What takes the place of the softmax, and the arrays it needs; None where it stays."""
+        quantizer = self.probs.methods.build()[1]
+        if self.probs.methods.activation == NONE:
+            return None, ()
+
+        def of_probabilities(scores: Array, allowed: Array, qparams: QParams, ctx: Ctx) -> Array:
+            return quantizer.apply(softmax_weights(scores, allowed), qparams, ctx)
+
+        rule = quantizer.weigh or of_probabilities
+
+        def weigh(scores: Array, allowed: Array, needs: Any) -> Array:
+            return rule(scores, jnp.broadcast_to(allowed, scores.shape), *needs)
+
+        return weigh, (leaves_of(self.probs, "a"), ctx)

@@ -35,6 +35,13 @@ class Axes:
         return P(inner or self.fsdp, outer or (self.fsdp if inner else None))
 
 
+def whole_input(spec: P) -> P:
+    """A weight [in, out] at rest whose quantizer needs the input axis whole: all is split along the outputs."""
+    inner, outer = spec
+    axes = tuple(axis for axis in (outer, inner) if axis is not None)
+    return P(None, axes or None)
+
+
 def gathered(spec: P) -> P:
     """A weight in use: what FSDP split is whole, what tensor parallelism split stays split."""
     return P(*(None if axis == "data" else axis for axis in spec))

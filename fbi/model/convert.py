@@ -16,7 +16,6 @@ from fbi.model.convert_layout import leaves, on, some
 from fbi.model.decoder import segments
 from fbi.model.functional import Model, Params
 from fbi.policy import Methods
-from fbi.quant import Method
 
 _SHAPE = ("vocab", "dim", "layers", "heads", "kv_heads", "head_dim", "ff", "norm", "tied")
 
@@ -38,10 +37,11 @@ def adapt(params: Params, source: Model, target: Model) -> Params:
 
 def _adapted(params: Params, source: Model, target: Model, wanted: Params) -> Params:
     layers = target.config.layers
+    made = target.fresh(jax.random.key(0))
     out = {}
     for name in wanted:
         if not name.startswith("layers_"):
-            out[name] = _relearned(params[name], wanted[name], name, source, target)
+            out[name] = _relearned(params.get(name, {}), wanted[name], made[name], name, source, target)
     for start, stop in segments(target.bound, layers):
         name, pieces = f"layers_{start}_{stop}", []
         for first, last in segments(source.bound, layers):
@@ -49,7 +49,8 @@ def _adapted(params: Params, source: Model, target: Model, wanted: Params) -> Pa
             if low < high:
                 stack = params[f"layers_{first}_{last}"]
                 piece = jax.tree.map(lambda x, a=low - first, b=high - first: jax.lax.slice_in_dim(x, a, b), stack)
-                pieces.append(_relearned(piece, wanted[name], f"layers.{low}", source, target))
+                fresh = jax.tree.map(lambda x, a=low - start, b=high - start: x[a:b], made[name])
+                pieces.append(_relearned(piece, wanted[name], fresh, f"layers.{low}", source, target))
         out[name] = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
     return jax.tree.map(_like, out, wanted)
 
@@ -58,24 +59,38 @@ def _like(x: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.sharding.reshard(x, leaf.sharding.spec).astype(leaf.dtype)
 
 
-def _relearned(tree: Any, wanted: Any, site: str, source: Model, target: Model) -> Any:
-    """`tree` (a leaf, a linear layer, or a tree of them, with or without a layer axis) with what `target` learns."""
-    if not isinstance(tree, dict):
+def _relearned(tree: Any, wanted: Any, made: Any, site: str, source: Model, target: Model) -> Any:
+    """`tree` (a leaf, a linear layer, or a tree of them, with or without a layer axis) with what `target` learns.
+
+    `made` are fresh parameters of the target: the start of what an activation quantizer learns.
+    """
+    if not isinstance(wanted, dict):
         return tree
-    if "w" not in tree:
-        return {name: _relearned(tree[name], wanted[name], f"{site}.{name}", source, target) for name in tree}
-    kept = {name: leaf for name, leaf in tree.items() if name != "q"}
-    new = _method(target, site)
-    if new == _method(source, site):
-        return tree
-    init = new.build("weight").init
-    w = _like(tree["w"], wanted["w"])
-    learned = jax.vmap(init)(w) if site.startswith("layers.") else init(w)
-    return kept | ({"q": learned} if learned else {})
+    (weight, activation), (new_weight, new_activation) = _methods(source, site), _methods(target, site)
+    out: dict[str, Any] = {}
+    for name in wanted:
+        if not learned_name(name, wanted[name]):
+            child = tree.get(name, {}) if isinstance(tree, dict) else tree
+            out[name] = _relearned(child, wanted[name], made[name], f"{site}.{name}", source, target)
+        elif name in tree and (activation == new_activation if name == "a" else weight == new_weight):
+            out[name] = tree[name]
+        elif name == "a":
+            out[name] = made[name]
+        else:
+            quantizer = new_weight.build("weight")
+            start = quantizer.init if name == "q" else lambda w, q=quantizer: q.around.init(w, jax.random.key(0))
+            w = _like(tree["w"], wanted["w"])
+            out[name] = jax.vmap(start)(w) if site.startswith("layers.") else start(w)
+    return out
 
 
-def _method(model: Model, site: str) -> Method:
-    return model.bound.get(site, Methods()).weight
+def learned_name(name: str, tree: Any) -> bool:
+    """Whether the entry `name` of a linear layer is what its quantizers learn, not the projection of that name."""
+    return name in ("q", "a", "r") and isinstance(tree, dict) and "w" not in tree
+
+
+def _methods(model: Model, site: str) -> Methods:
+    return model.bound.get(site, Methods())
 
 
 def _check_shapes(source: ModelConfig, target: ModelConfig) -> None:

@@ -59,7 +59,7 @@ class Place(NamedTuple):
     @property
     def learned(self) -> bool:
         """Whether it is a number that a quantizer learns (`attn.q.q.alpha`), not a weight."""
-        return re.search(r"\.q\.(?!w$)[^.]+$", self.name) is not None
+        return re.search(r"\.[qar]\.(?!w$)[^.]+$", self.name) is not None
 
     def named(self, names: Mapping[str, str]) -> list[str]:
         """What a checkpoint calls it, layer by layer."""

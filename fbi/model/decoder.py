@@ -10,10 +10,11 @@ from jaxtyping import Array, Float, Int
 
 from fbi.model import taps
 from fbi.model.attention import Attention, Cache, Where
-from fbi.model.axes import Axes, gathered
+from fbi.model.axes import Axes, gathered, whole_input
 from fbi.model.config import ModelConfig, linear_shapes
 from fbi.model.dense import dense
-from fbi.model.linear import Linear
+from fbi.model.learned import Operand
+from fbi.model.linear import Linear, for_site
 from fbi.model.mlp import GatedMLP
 from fbi.model.norm import RMSNorm
 from fbi.policy import Methods
@@ -65,6 +66,7 @@ class Block(nnx.Module):
             rope_base=c.rope_base,
             cache=methods.get("attn.kv", Methods()),
             probs=methods.get("attn.probs", Methods()),
+            dtype=dtype,
             axes=axes,
         )
         self.mlp = GatedMLP(linear, norm(c.ff, ("sub",)), c.activation, axes)
@@ -97,7 +99,9 @@ class Decoder(nnx.Module):
 
             setattr(self, f"layers_{start}_{stop}", jax.vmap(build)(keys[start:stop]))
         self.norm = RMSNorm(config.dim, config.eps, dtype)
-        if not config.tied:
+        if config.tied:
+            self.head = Operand(bound.get("head", Methods()), 3, config.dim, dtype, "head")
+        else:
             self.head = Linear(
                 (config.dim, config.vocab),
                 bound.get("head", Methods()),
@@ -114,8 +118,11 @@ class Decoder(nnx.Module):
 
     def _table(self, ctx: Ctx) -> Float[Array, "v d"]:
         """The embedding as used: quantized where the policy says, in the compute type."""
-        method = self.bound.get("embed", Methods()).weight
-        return method.build("weight").apply(self.embed[...], {}, ctx).astype(self.config.dtype)
+        quantizer, table = self.bound.get("embed", Methods()).build()[0], self.embed[...]
+        spec = self._table_spec
+        table = jax.sharding.reshard(table, whole_input(spec) if quantizer.whole else spec)
+        used = quantizer.apply(table, {}, for_site(ctx, "embed")).astype(self.config.dtype)
+        return jax.sharding.reshard(used, spec)
 
     def __call__(
         self,
@@ -136,14 +143,17 @@ class Decoder(nnx.Module):
         for start, stop in self.segments:
             name = f"layers_{start}_{stop}"
 
-            def body(x: Array, layer: tuple[Block, Cache | None]) -> tuple[Array, tuple[Cache | None, dict[str, Any]]]:
-                block, cache = layer
+            def body(
+                x: Array, layer: tuple[Block, Cache | None, Array]
+            ) -> tuple[Array, tuple[Cache | None, dict[str, Any]]]:
+                block, cache, number = layer
+                own = ctx if ctx.key is None else ctx._replace(key=jax.random.fold_in(ctx.key, number))
                 with taps.collect(wanted) as found:
-                    x, cache = block(x, where, cache, ctx)
+                    x, cache = block(x, where, cache, own)
                 return x, (cache, found)
 
             step: Callable = jax.checkpoint(body) if remat else body
-            layers = (getattr(self, name), None if caches is None else caches[name])
+            layers = (getattr(self, name), None if caches is None else caches[name], jnp.arange(start, stop))
             x, (cache, found) = jax.lax.scan(step, x, layers, unroll=min(unroll, stop - start))
             if cache is not None:
                 updated[name] = cache
@@ -152,9 +162,8 @@ class Decoder(nnx.Module):
         x = self.norm(x)
         out = self.axes.hidden(self.axes.vocab)
         if self.config.tied:
-            activation = self.bound.get("head", Methods()).activation.build("activation")
-            x_hat = activation.apply(x, {}, ctx).astype(x.dtype)
-            logits = dense(x_hat, jax.sharding.reshard(table, gathered(self._table_spec)).T, out)
+            used = jax.sharding.reshard(table, gathered(self._table_spec))
+            logits = dense(self.head(x, for_site(ctx, "head")), used.T, out)
         else:
             logits = self.head(x, out, ctx)
         if "head" in wanted:

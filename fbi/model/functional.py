@@ -83,18 +83,19 @@ class Model:
         with _some_mesh():
             return nnx.graphdef(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
 
-    def _init(self, key: Array) -> Params:
+    def fresh(self, key: Array) -> Params:
+        """Fresh parameters, within a compiled function on a mesh."""
         return nnx.to_pure_dict(nnx.split(self._build(key), nnx.Param)[1])
 
     def init(self, key: Array | int = 0) -> Params:
         """Fresh parameters, each made where the mesh keeps it; `key` is a PRNG key or a seed."""
         with _some_mesh():
-            return jax.jit(self._init)(jax.random.key(key) if isinstance(key, int) else key)
+            return jax.jit(self.fresh)(jax.random.key(key) if isinstance(key, int) else key)
 
     def abstract(self) -> Params:
         """Shapes, types and shardings of the parameters on the mesh in use."""
         with _some_mesh():
-            return jax.eval_shape(self._init, jax.random.key(0))
+            return jax.eval_shape(self.fresh, jax.random.key(0))
 
     def apply(
         self,

@@ -1,23 +1,32 @@
 """A linear layer that is given its quantizers by the policy."""
 
+import zlib
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from fbi.model import taps
-from fbi.model.axes import gathered
+from fbi.model.axes import gathered, whole_input
 from fbi.model.dense import dense
+from fbi.model.learned import held, leaves_of
 from fbi.model.norm import RMSNorm
 from fbi.policy import Methods
-from fbi.quant import Ctx
+from fbi.quant import Ctx, paired
+
+
+def for_site(ctx: Ctx, site: str) -> Ctx:
+    """The context with a key of the site's own, where there is a key."""
+    return ctx if ctx.key is None else ctx._replace(key=jax.random.fold_in(ctx.key, zlib.crc32(site.encode())))
 
 
 class Linear(nnx.Module):
-    """y = quantize(norm(x)) @ quantize(w), without a bias. The latent w [in, out] keeps its own type.
+    """y = post(quantize(pre(norm(x))) @ quantize(w)), without a bias. The latent w [in, out] keeps its own type.
 
-    Each operand is quantized at least in float32 and cast once to the type of x. `spec` is the weight at rest; the
-    quantized, cast weight is what FSDP gathers.
+    Each operand is quantized at least in float32 and cast once to the type of x; the quantized, cast weight is what
+    FSDP gathers, laid out as `spec`. `pre` and `post` are what the weight's method adds around the product. What is
+    learned beside w lies in `q` (the weight's quantizer), `a` (the activation's) and `r` (around the product).
     """
 
     def __init__(
@@ -32,18 +41,28 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         site: str = "",
     ):
-        self.site = site  # its name to whoever taps it
-        self.methods, self.spec, self.norm = methods, spec, norm
-        w = std * jax.random.normal(rngs.params(), shape, dtype, out_sharding=spec)
+        self.site, self.methods, self.norm, self.spec = site, methods, norm, spec
+        weight, activation = methods.build()
+        key, rest = rngs.params(), whole_input(spec) if weight.whole else spec
+        w = std * jax.random.normal(key, shape, dtype, out_sharding=rest)
         self.w = nnx.Param(w)
-        if learned := methods.weight.build("weight").init(w):
-            self.q = nnx.data({name: nnx.Param(leaf) for name, leaf in learned.items()})
+        # A token stands for the batch until `Model.calibrate` has seen one.
+        x = jnp.ones((1, 1, shape[0]), dtype)
+        held(self, "q", weight.init(w))
+        held(self, "a", activation.init(x))
+        held(self, "r", weight.around.init(w, jax.random.fold_in(key, 1)), replicated=True)
 
     def __call__(self, x: Float[Array, "b t i"], out: jax.P, ctx: Ctx) -> Float[Array, "b t o"]:
         if self.norm is not None:
             x = self.norm(x)
         taps.tap(self.site, x)
-        qparams = {name: leaf[...] for name, leaf in self.q.items()} if hasattr(self, "q") else {}
-        w_hat = self.methods.weight.build("weight").apply(self.w[...], qparams, ctx).astype(x.dtype)
-        x_hat = self.methods.activation.build("activation").apply(x, {}, ctx).astype(x.dtype)
-        return taps.tap(f"{self.site}.out", dense(x_hat, jax.sharding.reshard(w_hat, gathered(self.spec)), out))
+        ctx, around = for_site(ctx, self.site), leaves_of(self, "r")
+        weight, activation = paired(*self.methods.build())
+        w_hat = weight.apply(self.w[...], leaves_of(self, "q"), for_site(ctx, "w")).astype(x.dtype)
+        w_hat = jax.sharding.reshard(w_hat, gathered(self.spec))
+        spec = jax.typeof(x).sharding.spec
+        whole = jax.P(*spec[:-1], None) if activation.whole else spec
+        x, memo = weight.around.pre(x, around)
+        x_hat = activation.apply(jax.sharding.reshard(x, whole), leaves_of(self, "a"), for_site(ctx, "a"))
+        y = dense(jax.sharding.reshard(x_hat.astype(x.dtype), spec), w_hat, out)
+        return taps.tap(f"{self.site}.out", weight.around.post(y, around, memo))

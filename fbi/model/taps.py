@@ -5,6 +5,8 @@ the value at once and what it returns is kept; elsewhere `tap` returns its argum
 
     attn.q        the input of that linear layer, after the norm inside it and before its quantizer
     attn.q.out    its output
+    attn.kv       values (keys come before them, and are overwritten) as the cache keeps them, [b, t, g, k]
+    attn.qk       queries and keys after the rotary positions, a pair of [b, t, h, k] and [b, s, g, k]
     out           the residual stream after a block
     head          the input of the head, after the last norm
 
@@ -29,6 +31,7 @@ Wanted = Mapping[str, Reducer]
 
 NOTHING: Wanted = MappingProxyType({})
 LAYERS = "layers.*."
+OPERANDS = ("attn.kv", "attn.qk")
 
 _collector: ContextVar[tuple[Wanted, dict[str, Any]] | None] = ContextVar("collector", default=None)
 
@@ -63,7 +66,7 @@ def tap(name: str, x: Array) -> Array:
 
 def names(config: ModelConfig) -> list[str]:
     """Every feature that a model of this shape has, a layer's without its prefix."""
-    return [*(name for site in linear_shapes(config) for name in (site, f"{site}.out")), "out", "head"]
+    return [*(name for site in linear_shapes(config) for name in (site, f"{site}.out")), *OPERANDS, "out", "head"]
 
 
 def resolve(config: ModelConfig, wanted: Mapping[str, Reducer] | Sequence[str]) -> dict[str, Reducer]:

@@ -7,6 +7,7 @@ from fbi.quant.quantizer import Quantizer as Quantizer
 from fbi.quant.quantizer import compose as compose
 from fbi.quant.quantizer import decode as decode
 from fbi.quant.quantizer import packed as packed
+from fbi.quant.quantizer import paired as paired
 from fbi.quant.quantizer import unpacked as unpacked
 from fbi.quant.registry import REGISTRY as REGISTRY
 from fbi.quant.registry import Method as Method

@@ -8,6 +8,8 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 # bits -> half-range alpha* of the uniform mid-rise grid; 1.58 is the outer level of the ternary grid.
 OPTIMAL = {
     1: 0.7978845608,
@@ -48,33 +50,30 @@ LLOYD: dict[int, tuple[float, ...]] = {
 }  # fmt: skip
 
 
-def _density(x: float) -> float:
-    return math.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+def _erfc(x: np.ndarray) -> np.ndarray:
+    return np.array([math.erfc(value) for value in x])
 
 
-def _below(x: float) -> float:
-    return 0.5 * math.erfc(-x / math.sqrt(2))
+def _moments(borders: Sequence[float | int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Probability, E[z; cell] and E[z²; cell] of the cells that rising borders cut, for a standard normal."""
+    edges = np.array([-math.inf, *borders, math.inf])
+    density = np.exp(-0.5 * edges**2) / math.sqrt(2 * math.pi)
+    # Each probability from the nearer tail, so that far cells keep their digits.
+    upper, lower = 0.5 * _erfc(edges / math.sqrt(2)), 0.5 * _erfc(-edges / math.sqrt(2))
+    mass = np.where(edges[:-1] > 0, upper[:-1] - upper[1:], lower[1:] - lower[:-1])
+    weighted = np.where(np.isinf(edges), 0.0, np.nan_to_num(edges, posinf=0, neginf=0) * density)
+    return mass, density[:-1] - density[1:], mass + weighted[:-1] - weighted[1:]
 
 
-def _mass(a: float, b: float) -> float:
-    """P(a < z < b); from the nearer tail, so that far cells keep their digits."""
-    return _below(-a) - _below(-b) if a > 0 else _below(b) - _below(a)
+def _halfway(levels: Sequence[float | int]) -> list[float]:
+    return [(a + b) / 2 for a, b in itertools.pairwise(levels)]
 
 
-def squared_error(levels: Sequence[float], thresholds: Sequence[float] | None = None) -> float:
-    """E (z - q(z))² of a standard normal z on rising `levels`; cells meet halfway unless `thresholds` are given.
-
-    In closed form: the moments of order 0, 1 and 2 of each cell.
-    """
-    inner = thresholds or [(a + b) / 2 for a, b in itertools.pairwise(levels)]
-    edges = [-math.inf, *inner, math.inf]
-    total = 0.0
-    for level, a, b in zip(levels, edges, edges[1:], strict=False):
-        fa, fb = (0.0 if math.isinf(x) else _density(x) for x in (a, b))
-        xfa, xfb = (0.0 if math.isinf(x) else x * _density(x) for x in (a, b))
-        mass = _mass(a, b)
-        total += (mass + xfa - xfb) - 2 * level * (fa - fb) + level * level * mass
-    return total
+def squared_error(levels: Sequence[float | int]) -> float:
+    """E (z - q(z))² of a standard normal z, rounded to the nearest of rising `levels`."""
+    mass, first, second = _moments(_halfway(levels))
+    values = np.array(levels)
+    return float(np.sum(second - 2 * values * first + values**2 * mass))
 
 
 def midrise(bits: int, alpha: float) -> list[float]:
@@ -83,38 +82,31 @@ def midrise(bits: int, alpha: float) -> list[float]:
     return [alpha * (2 * k - (n - 1)) / (n - 1) for k in range(n)]
 
 
-def optimal_alpha(levels: Sequence[float]) -> float:
+def optimal_alpha(levels: Sequence[float | int]) -> float:
     """The factor a > 0 that gives `a * levels` the least squared error for a standard normal.
 
-    At the optimum a = E[z l(z)] / E[l(z)²], l the unit level of the cell; iterated to a fixed point.
+    By bisection of its condition, a E[l(z)²] = E[z l(z)] with l(z) the unit level of the cell of z.
     """
-    a = 1.5 / max(levels) if max(levels) > 1.5 else 1.0
-    for _ in range(100_000):
-        inner = [a * (x + y) / 2 for x, y in itertools.pairwise(levels)]
-        edges = [-math.inf, *inner, math.inf]
-        cross = square = 0.0
-        for level, lo, hi in zip(levels, edges, edges[1:], strict=False):
-            fa, fb = (0.0 if math.isinf(x) else _density(x) for x in (lo, hi))
-            cross += level * (fa - fb)
-            square += level * level * _mass(lo, hi)
-        new = cross / square
-        if abs(new - a) < 1e-15 * a:
-            break
-        a = new
-    return a
+    values, borders = np.array(levels, float), np.array(_halfway(levels))
+    low, high = 0.1 / values.max(), 8.0 / values.max()
+    for _ in range(100):
+        a = (low + high) / 2
+        mass, first, _ = _moments(list(a * borders))
+        if a * np.sum(values**2 * mass) < np.sum(values * first):
+            low = a
+        else:
+            high = a
+    return (low + high) / 2
 
 
 def lloyd_max(bits: int) -> list[float]:
     """The 2^bits levels of least squared error: each the mean of its cell, cells meeting halfway; to a fixed point."""
     levels = midrise(bits, OPTIMAL[bits])
-    for _ in range(100_000):
-        edges = [-math.inf, *((a + b) / 2 for a, b in itertools.pairwise(levels)), math.inf]
-        new = []
-        for a, b in itertools.pairwise(edges):
-            fa, fb = (0.0 if math.isinf(x) else _density(x) for x in (a, b))
-            new.append((fa - fb) / _mass(a, b))
+    for _ in range(20_000):
+        mass, first, _ = _moments(_halfway(levels))
+        new = list(first / mass)
         moved = max(abs(x - y) for x, y in zip(levels, new, strict=True))
         levels = new
         if moved < 1e-14:
             break
-    return levels
+    return [float(x) for x in levels]

@@ -87,7 +87,7 @@ def fitted_sign(granularity: str, axis: int, *, shift: bool, frozen: bool) -> Sc
 
 
 def statistic(
-    measure: Measure, granularity: str, axis: int, *, rule: str = "paper", top: float = 1, centred: bool = False
+    measure: Measure, granularity: str, axis: int, *, rule: str = "paper", top: float | int = 1, centred: bool = False
 ) -> Scale:
     """A statistic s of the tensor itself, taken anew at each call and held out of the gradient.
 
@@ -144,7 +144,7 @@ def learned(
     axis: int,
     *,
     name: str = "alpha",
-    top: float = 1,
+    top: float | int = 1,
     graded: Callable[[tuple[int, ...]], float] = lambda shape: 1.0,
     through: bool = True,
     frozen: bool = False,

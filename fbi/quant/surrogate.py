@@ -156,7 +156,7 @@ def surrogate(name: str) -> Surrogate:
     return SURROGATES[name]
 
 
-def regraded(x: Float[Array, "..."], factor: Array | float) -> Float[Array, "..."]:
+def regraded(x: Float[Array, "..."], factor: Array | float | int) -> Float[Array, "..."]:
     """x itself, with its gradient multiplied by `factor`: sg(x) + factor (x - sg(x)), exactly x."""
     fixed = jax.lax.stop_gradient(x)
     return fixed + factor * (x - fixed)

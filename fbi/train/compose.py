@@ -144,7 +144,7 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
         stream = windows.stream("validation")
 
         def fresh() -> State:
-            params = starting_params(run, model)
+            params = starting_params(run, model, lambda: meshes.put_batch(batches(()).batch_at(0), mesh)[:, :-1])
             return {"params": params, "opt": jax.jit(tx.init)(params)}
 
         def batches(skipped: tuple[tuple[int, int], ...]) -> Batches:

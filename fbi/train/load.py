@@ -1,19 +1,22 @@
 """Trained weights back in: runs, teachers, starting points."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from jaxtyping import Array, Int
 
 from fbi.data.tokenizer import Tokenizer
 from fbi.errors import InputError
 from fbi.lazy import make_callable
 from fbi.model import Model, Params
 from fbi.model.axes import mesh_in_use
+from fbi.model.calibrate import calibrate, learned_sites
 from fbi.model.convert import adapt
 from fbi.model.convert_gguf import smollm2
 from fbi.model.convert_hf import load_safetensors
-from fbi.policy import Policy
+from fbi.policy import Methods, Policy
 from fbi.train.checkpoint import load_params
 from fbi.train.run import Execution, Run
 from fbi.train.rundir import read_run
@@ -81,10 +84,24 @@ def load_teacher(run: Run, tokenizer: Tokenizer) -> tuple[Model, Params]:
     return loaded.model, loaded.params
 
 
-def starting_params(run: Run, target: Model) -> Params:
-    """Parameters to start from, under the run's policy: at random from the seed, or those that `run.start` names."""
+def starting_params(run: Run, target: Model, tokens: Callable[[], Int[Array, "b t"]]) -> Params:
+    """Parameters to start from, under the run's policy: at random from the seed, or those that `run.start` names.
+
+    What activation quantizers learn starts from the batch `tokens()` where `run.start` has not learned it.
+    """
+    fresh = learned_sites(target)
     if not run.start:
-        return target.init(run.seed)
+        params = target.init(run.seed)
+    else:
+        source, given = _given(run)
+        params = adapt(given, source, target)
+        there = lambda site: source.bound.get(site, Methods()).activation  # noqa: E731
+        fresh = [site for site in fresh if there(site) != target.bound[site].activation]
+    return calibrate(target, params, tokens(), fresh) if fresh else params
+
+
+def _given(run: Run) -> tuple[Model, Params]:
+    """The model and parameters that `run.start` names."""
     if run.start == PRETRAINED:
         config, params, _ = smollm2()
         source = Model(config)
@@ -95,7 +112,7 @@ def starting_params(run: Run, target: Model) -> Params:
         source = Model(config)
     else:
         raise InputError(f"start={run.start!r} is neither a run directory, a folder of safetensors, nor {PRETRAINED!r}")
-    return adapt(params, source, target)
+    return source, params
 
 
 make_callable(__name__, load)  # importing this module binds its name in fbi.train, where the function is wanted

@@ -326,7 +326,7 @@ def replayed(run, windows, skipped) -> list[float]:
     mesh, losses = meshes.make({"data": 1, "model": 1}), []
     batches = Batches(windows, batch=run.data.batch, seed=run.data.seed, skipped=skipped)
     with jax.set_mesh(mesh):
-        params = starting_params(run, model)
+        params = starting_params(run, model, lambda: pytest.fail("nothing is learned of activations"))
         state = {"params": params, "opt": jax.jit(tx.init)(params)}
         step = make_step(model, Loss.parse(run.loss), tx)
         for number in range(run.steps):

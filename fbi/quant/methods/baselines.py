@@ -127,7 +127,7 @@ def elastic_sign(granularity: str, axis: int, top: int = 1) -> Quantizer:
     return compose(scale=scale, grid=Binary(), surrogate=Clip(), axis=axis)
 
 
-def _lsq_factor(shape: tuple[int, ...], axis: int, top: float) -> float:
+def _lsq_factor(shape: tuple[int, ...], axis: int, top: float | int) -> float:
     """1 / sqrt(N Q): N weights of a layer (axis 0), or features of an activation (axis -1)."""
     count = shape[-1] if axis == -1 else max(1, _product(shape))
     return (count * top) ** -0.5

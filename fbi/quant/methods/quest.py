@@ -22,7 +22,7 @@ def fp4_levels() -> tuple[float, ...]:
     return (*(-x for x in gaussian.FP4[:0:-1]), *gaussian.FP4)
 
 
-def _grid(bits: float, levels: Shape, alpha: float) -> tuple[Grid, float]:
+def _grid(bits: float | int, levels: Shape, alpha: float) -> tuple[Grid, float]:
     """The grid, and how many of its units make one RMS."""
     if levels == "fp4":
         if bits != 4:
@@ -38,7 +38,7 @@ def _grid(bits: float, levels: Shape, alpha: float) -> tuple[Grid, float]:
     return HalfIntegers.of(int(bits)), (2 ** int(bits) - 1) / (2 * alpha)
 
 
-def _surrogate(name: str, clip: float, bits: float, levels: Shape, clips: str, rotated: bool) -> Surrogate:
+def _surrogate(name: str, clip: float, bits: float | int, levels: Shape, clips: str, rotated: bool) -> Surrogate:
     if name == "auto":
         name = "clip" if bits == 1 else "trust"
     if name == "clip":
