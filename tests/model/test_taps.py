@@ -174,7 +174,8 @@ def test_a_name_stands_for_the_sites_that_it_matches(wanted, names, tiny):
 @pytest.mark.parametrize(
     ("wanted", "says"),
     [
-        (["layers.*.attn.qq"], r"unknown feature 'layers.\*.attn.qq' \(did you mean 'layers.\*.attn.q'\?\); valid: head, "
+        (["layers.*.attn.qq"], r"unknown feature 'layers.\*.attn.qq' \(did you mean 'layers.\*.attn.q'\?\); valid: "
+                               r"head, "
                                r"layers.\*.attn.k, layers.\*.attn.k.out"),
         (["layers.0.out"], r"unknown feature 'layers.0.out'"),
         (["layers.*.head"], r"unknown feature 'layers.\*.head'"),
