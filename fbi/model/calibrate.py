@@ -32,8 +32,10 @@ def full_precision(model: Model) -> Model:
 
 
 def _like(tree: Any, wanted: Any) -> Any:
-    """The leaves of `tree` that `wanted` has."""
-    return {name: _like(tree[name], wanted[name]) for name in wanted} if isinstance(wanted, dict) else tree
+    """The leaves of `tree` that `wanted` has, laid out as there."""
+    if isinstance(wanted, dict):
+        return {name: _like(tree[name], wanted[name]) for name in wanted}
+    return jax.sharding.reshard(tree, wanted.sharding.spec)
 
 
 def plain_params(params: Params, model: Model) -> Params:

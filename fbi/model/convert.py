@@ -51,7 +51,9 @@ def _adapted(params: Params, source: Model, target: Model, wanted: Params) -> Pa
                 piece = jax.tree.map(lambda x, a=low - first, b=high - first: jax.lax.slice_in_dim(x, a, b), stack)
                 fresh = jax.tree.map(lambda x, a=low - start, b=high - start: x[a:b], made[name])
                 pieces.append(_relearned(piece, wanted[name], fresh, f"layers.{low}", source, target))
-        out[name] = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
+        placed = lambda x, leaf: jax.sharding.reshard(x, leaf.sharding.spec)  # noqa: E731
+        laid = [jax.tree.map(placed, piece, wanted[name]) for piece in pieces]
+        out[name] = jax.tree.map(lambda *parts: jnp.concatenate(parts), *laid)
     return jax.tree.map(_like, out, wanted)
 
 

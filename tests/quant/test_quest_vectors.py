@@ -32,7 +32,7 @@ CASES = sorted({key.split("/")[0] for key in VECTORS.files if key.split("-")[0] 
 def test_every_quantizer_among_the_vectors_is_asserted_here_or_beside():
     beside = {"FBILinear", "BitNet158Weight", "BitNetAct8", "inputs"}
     assert {key.split("-")[0] for key in VECTORS.files} == set(CLASSES) | beside
-    assert len(CASES) == 74
+    assert len(CASES) == 88
 
 
 def compare(name):
@@ -72,7 +72,7 @@ def test_ternary_has_three_levels_where_the_published_formula_gives_four():
     ours = levels("quest:bits=1.58,block=0", x)
     rms = float(jnp.sqrt(jnp.mean(x**2)))
     np.testing.assert_allclose(ours, [-1.2240 * rms, 0, 1.2240 * rms], rtol=1e-4, atol=1e-6)
-    n = 2**1.58496  # as published: round(x / step + 1/2) - 1/2 with step = 2 alpha / (n - 1)
+    n = 2**1.585  # as published: round(x / step + 1/2) - 1/2 with step = 2 alpha / (n - 1)
     step = 2 * 1.224008952 / (n - 1)
     published = np.unique(np.round(np.clip(np.asarray(x), -1.224, 1.224) / step + 0.5) - 0.5)
     assert len(published) == 4
@@ -83,7 +83,7 @@ def test_one_bit_lsq_and_pact_are_finite_and_pass_gradients_where_the_published_
     for text in ("lsq:bits=1", "pact:bits=2,range=symmetric", "pact:bits=4"):
         q = quantizer(text, "activation")
         p = q.init(x)
-        dx, dp = jax.grad(lambda x, p, q=q: jnp.sum(q.apply(x, p) ** 2), argnums=(0, 1))(x, p)
+        dx, dp = jax.grad(lambda x, p, q=q: jnp.sum(q.apply(x, p)), argnums=(0, 1))(x, p)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((dx, dp)))
         assert np.mean(np.asarray(dx) != 0) > 0.3  # the published PACT passes to no entry at all
 
