@@ -19,6 +19,7 @@ from fbi.loss import Loss
 from fbi.model import Model, Params
 from fbi.model.config import check as check_model
 from fbi.model.decoder import segments
+from fbi.policy import NONE, Methods
 from fbi.train import mesh as meshes
 from fbi.train.checkpoint import Checkpoints
 from fbi.train.load import build_model, check_teacher, load_teacher, starting_params
@@ -49,7 +50,9 @@ def check(run: Run, execution: Execution = Execution()) -> None:
     check_model(run.model)
     data_config.check(run.data)
     optim.check(run.optimizer)
-    build_model(run)
+    model = build_model(run)
+    if run.optimizer.latent == "bop":
+        check_signs(model)
     loss = Loss.parse(run.loss)
     if loss.needs_teacher and not run.teacher:
         raise InputError(f"loss={run.loss!r} needs a teacher; set teacher to the directory of a finished run")
@@ -78,6 +81,16 @@ def check(run: Run, execution: Execution = Execution()) -> None:
     if run.data.window > run.model.context:
         raise InputError(f"data.window={run.data.window} exceeds model.context={run.model.context}; lower it")
     meshes.check(meshes.parse(execution.mesh, jax.device_count()), run.model, run.data.batch, execution.accumulate)
+
+
+def check_signs(model: Model) -> None:
+    """Refuses Bop, which only flips signs, where a matrix of a block is used as it is."""
+    for site in model.sites:
+        if site.name.startswith("layers.") and site.weight and model.bound.get(site.name, Methods()).weight == NONE:
+            raise InputError(
+                f"optimizer.latent=bop only flips signs, and {site.name} has no quantized weight; "
+                "give every matrix of the blocks a method (policy=fbi), or use optimizer.latent=adamw"
+            )
 
 
 def train(run: Run, directory: str | Path, execution: Execution = Execution()) -> Result:
