@@ -8,7 +8,7 @@ from fbi.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW or Bop, and the schedule. Betas, decay and clipping are by default those of FBI-LLM (2407.07093, its code)."""
+    """AdamW or Bop, and the schedule. Betas, decay and clipping are by default those of FBI-LLM (2407.07093, code)."""
 
     lr: float = 3e-3
     """Peak learning rate."""

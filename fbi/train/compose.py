@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fbi import optim
+from fbi.analysis.diagnostics import Diagnostics
+from fbi.analysis.names import parse as diagnostic_names
 from fbi.data import Batches, Windows, prepare
 from fbi.data import config as data_config
 from fbi.errors import InputError
@@ -69,6 +71,7 @@ def check(run: Run, execution: Execution = Execution()) -> None:
         ("eval_every", execution.eval_every, 0),
         ("eval_windows", execution.eval_windows, 0),
         ("log_every", execution.log_every, 1),
+        ("diagnose_every", execution.diagnose_every, 0),
     ):
         if value < least:
             raise InputError(f"{name}={value} must be at least {least}")
@@ -80,6 +83,7 @@ def check(run: Run, execution: Execution = Execution()) -> None:
         raise InputError(f"guard.spike={run.guard.spike} must be above 0")
     if run.data.window > run.model.context:
         raise InputError(f"data.window={run.data.window} exceeds model.context={run.model.context}; lower it")
+    diagnostic_names(execution.diagnostics)
     meshes.check(meshes.parse(execution.mesh, jax.device_count()), run.model, run.data.batch, execution.accumulate)
 
 
@@ -186,6 +190,7 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
             row = {"kind": "eval", "step": step, "split": "validation", **found, "tokens": score.tokens}
             return [row, *scale_rows(model, state["params"], step)]
 
+        diagnostics = Diagnostics(model, execution.diagnostics) if execution.diagnose_every else None
         try:
             with Reporter(run.name, run.steps, line_every=execution.line_every) as reporter:
                 final: list[dict[str, Any]] = []
@@ -205,6 +210,7 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
                     checkpoints=checkpoints,
                     metrics=Metrics(directory / "metrics.jsonl"),
                     reporter=reporter,
+                    diagnostics=diagnostics,
                 ).train()
                 final = final or rows(state, run.steps, True)  # a run stopped between its last checkpoint and here
         finally:
