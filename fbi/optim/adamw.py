@@ -1,6 +1,6 @@
 """Optimizers from optax: learning-rate schedules, what is decayed, clipping, and the whole chain."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -78,7 +78,10 @@ def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     check(config)
     parts = adamw(config, steps)
     if config.latent == "bop":
-        kinds = {"bop": bop(config.bop_gamma, config.bop_threshold), "adamw": optax.chain(*parts)}
+        kinds: dict[Hashable, optax.GradientTransformation] = {
+            "bop": bop(config.bop_gamma, config.bop_threshold),
+            "adamw": optax.chain(*parts),
+        }
         names = {True: "bop", False: "adamw"}
         parts = (optax.partition(kinds, lambda p: jax.tree.map(names.__getitem__, mask(is_latent)(p))),)
     frozen = (freeze_scales(),) if config.freeze else ()
