@@ -1,8 +1,9 @@
-"""Runs as values: a strict overlay of single fields, and a shrunken copy that ends in seconds."""
+"""Runs as values: single fields replaced, a shrunken copy that ends in seconds, a chain of runs that teach the next."""
 
 import dataclasses
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from fbi.errors import InputError, unknown
@@ -66,3 +67,28 @@ def smoke(run: Run) -> Run:
     )
     data = dataclasses.replace(run.data, tokenizer="bpe:512", window=64, batch=8)
     return dataclasses.replace(run, name=f"{run.name}-smoke", model=model, data=data, steps=2)
+
+
+def chain(run: Run, policies: Sequence[str], root: str | Path) -> list[tuple[Path, Run]]:
+    """(directory, run) under one policy after the other, to be trained in this order; each continues the one before.
+
+    A link starts from the weights of the one before and, where the loss has a teacher, is taught by it: the
+    distillation in steps of BiT, arXiv 2205.13016, whose policies fall from 32 bits to 1. The first link starts and is
+    taught as `run` says; where that names no teacher, it learns from the text alone (`ce`). Directories are `root`/0,
+    `root`/1, ...; links differ from `run` in name, policy, start, teacher, and loss as said. `InputError` for no policy.
+    """
+    from fbi.loss import Loss  # it needs jax, which naming runs does not
+
+    if not policies:
+        raise InputError("a chain of runs needs at least one policy, as in chain(run, ['fp', 'fbi'], 'runs/chain')")
+    distils = Loss.parse(run.loss).needs_teacher
+    links: list[tuple[Path, Run]] = []
+    for index, policy in enumerate(policies):
+        link = dataclasses.replace(run, name=f"{run.name}-{index}", policy=policy)
+        if links:
+            before = str(links[-1][0])
+            link = dataclasses.replace(link, start=before, teacher=before if distils else "")
+        elif distils and not run.teacher:
+            link = dataclasses.replace(link, loss="ce")
+        links.append((Path(root) / str(index), link))
+    return links

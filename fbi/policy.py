@@ -102,11 +102,12 @@ class Rule:
         names = [site]
         if found := re.match(r"layers\.(\d+)\.", site):
             names.append(f"layers.{int(found[1]) - layers}.{site[found.end() :]}")
-        pattern = _regex(self.glob)
+        pattern = glob_pattern(self.glob)
         return any(pattern.fullmatch(name) for name in names)
 
 
-def _regex(glob: str) -> re.Pattern[str]:
+def glob_pattern(glob: str) -> re.Pattern[str]:
+    """The expression that a glob over dotted names stands for; an `InputError` for braces that do not pair."""
     special = {"*": ".*", "?": ".", "{": "(?:", "}": ")"}
     depth, out = 0, ""
     for char in glob:
@@ -115,7 +116,7 @@ def _regex(glob: str) -> re.Pattern[str]:
             break
         out += "|" if char == "," and depth else special.get(char, re.escape(char))
     if depth != 0:
-        raise InputError(f"policy glob {glob!r} has unbalanced or nested braces; write {{a,b}}")
+        raise InputError(f"glob {glob!r} has unbalanced or nested braces; write {{a,b}}")
     return re.compile(out)
 
 

@@ -119,7 +119,7 @@ def f():
         ("report/table.py", "train", False),
         ("report/table.py", "experiment", False),
         ("demo.py", "report", True),
-        ("loss.py", "model", True),
+        ("loss/logits.py", "model", True),
         ("model/decoder.py", "loss", False),
         ("files.py", "quant", False),
         ("cli.py", "train", True),

@@ -6,33 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loss_support import B, T, V, close, featured, log_softmax, normal, outputs, slope, softmax
 
 from fbi.errors import InputError
-from fbi.loss import KINDS, Loss, Outputs, Term, distillation, next_token, teacher_entropy
-
-B, T, V = 2, 3, 8
-
-
-def normal(seed, shape=(B, T, V), scale=2.0):
-    return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape))
-
-
-def outputs(teacher=True, seed=0):
-    labels = jnp.asarray(np.random.default_rng(seed + 7).integers(0, V, (B, T)))
-    return Outputs(normal(seed), labels, normal(seed + 1) if teacher else None)
-
-
-def softmax(x):
-    e = np.exp(np.asarray(x, np.float64))
-    return e / e.sum(-1, keepdims=True)
-
-
-def log_softmax(x):
-    return np.log(softmax(x))
-
-
-def close(found, expected, tolerance=1e-12):
-    np.testing.assert_allclose(np.asarray(found), expected, rtol=tolerance, atol=tolerance)
+from fbi.loss import (
+    KINDS,
+    Loss,
+    Outputs,
+    Term,
+    confidence_aware_kl,
+    distillation,
+    forward_kl,
+    hidden_states,
+    next_token,
+    reverse_kl,
+    teacher_entropy,
+)
 
 
 def test_cross_entropy_of_uniform_logits_is_the_logarithm_of_the_vocabulary():
@@ -112,14 +101,86 @@ def test_the_gradient_at_the_logits_is_the_difference_of_probabilities(x64):
     close(jax.grad(mean)(out.logits, "ad"), (p_student - p_teacher) / count)
     close(jax.grad(mean)(out.logits, "ce"), (p_student - one_hot) / count)
     close(jax.grad(mean)(out.logits, "mix"), (p_student - (p_teacher + one_hot) / 2) / count)
+    close(jax.grad(mean)(out.logits, "kl"), (p_student - p_teacher) / count)
     close(jax.grad(mean)(out.teacher_logits, "ad"), 0 * p_teacher)
 
 
-@pytest.mark.parametrize("text", ["ad", "ad:temperature=2", "ad:top_k=3", "mix"])
-def test_nothing_flows_to_the_teacher(text):
+def test_the_divergences_are_their_formulas(x64):
     out = outputs()
-    gradient = jax.grad(lambda x: Loss.parse(text)(out._replace(teacher_logits=x))[0])(out.teacher_logits)
-    assert not gradient.any()
+    p, q = softmax(out.teacher_logits), softmax(out.logits)
+    close(forward_kl(out), (p * np.log(p / q)).sum(-1))
+    close(reverse_kl(out), (q * np.log(q / p)).sum(-1))
+    close(forward_kl(out), distillation(out) - teacher_entropy(out))
+    p, q = softmax(out.teacher_logits / 3), softmax(out.logits / 3)
+    close(forward_kl(out, temperature=3.0), 9 * (p * np.log(p / q)).sum(-1))
+    close(reverse_kl(out, temperature=3.0), 9 * (q * np.log(q / p)).sum(-1))
+    far = out._replace(logits=out.logits + 1000)  # no overflow, and where no probability is left no log of zero
+    close(forward_kl(far), forward_kl(out), 1e-9)
+    assert bool(jnp.isfinite(reverse_kl(out._replace(teacher_logits=100 * out.teacher_logits))).all())
+
+
+def test_divergences_by_hand():
+    teacher, student = jnp.log(jnp.array([[[0.5, 0.5]]])), jnp.log(jnp.array([[[0.75, 0.25]]]))
+    out = Outputs(student, jnp.array([[0]]), teacher)
+    close(forward_kl(out), [[0.5 * math.log(4 / 3)]], 1e-6)
+    close(reverse_kl(out), [[0.75 * math.log(1.5) - 0.25 * math.log(2)]], 1e-6)
+    close(confidence_aware_kl(out), 0.5 * (forward_kl(out) + reverse_kl(out)), 1e-6)  # the teacher gives the label 1/2
+
+
+@pytest.mark.parametrize("text", ["rkl", "rkl:temperature=2", "cakld", "kl:temperature=0.5"])
+def test_gradients_at_the_logits_are_the_finite_differences(text, x64):
+    out, direction = outputs(), normal(5)
+    function = lambda x: Loss.parse(text)(out._replace(logits=x))[0]
+    expected = slope(function, out.logits, direction)
+    assert float(jnp.sum(jax.grad(function)(out.logits) * direction)) == pytest.approx(expected, rel=1e-7)
+    assert abs(expected) > 1e-2
+
+
+def test_the_gradient_of_the_reverse_divergence_by_its_formula(x64):
+    out = outputs()
+    p, q = softmax(out.teacher_logits), softmax(out.logits)
+    surprise = np.log(q / p)
+    gradient = jax.grad(lambda x: reverse_kl(out._replace(logits=x)).sum())(out.logits)
+    close(gradient, q * (surprise - (q * surprise).sum(-1, keepdims=True)))
+
+
+def test_confidence_weighs_the_two_divergences(x64):
+    out = outputs()
+    forward, reverse = np.asarray(forward_kl(out)), np.asarray(reverse_kl(out))
+    close(confidence_aware_kl(out, beta=0.0), forward)
+    close(confidence_aware_kl(out, beta=1.0), reverse)
+    labelled = np.take_along_axis(softmax(out.teacher_logits), np.asarray(out.labels)[..., None], -1)
+    beta = labelled.mean()
+    assert 0 < beta < 1
+    close(confidence_aware_kl(out), beta * reverse + (1 - beta) * forward)
+    t = 2.0
+    expected = beta * reverse_kl(out, temperature=t) + (1 - beta) * forward_kl(out, temperature=t)
+    close(confidence_aware_kl(out, temperature=t), expected)
+    assert float(Loss.parse("cakld:beta=0.25")(out)[0]) == pytest.approx((0.25 * reverse + 0.75 * forward).sum())
+    assert Loss.parse("2*cakld + ce").whole_batch == ("cakld",)  # its beta is a mean over the batch
+    assert Loss.parse("cakld:beta=0 + kl + dmd").whole_batch == ()
+
+
+@pytest.mark.parametrize("text", ["kl", "rkl", "cakld", "kl:temperature=2", "cakld:beta=1", "hidden", "dmd"])
+def test_a_student_like_its_teacher_costs_nothing_and_stays(text, x64):
+    out = featured()
+    same = out._replace(logits=out.teacher_logits, features=out.teacher_features)
+    function = lambda logits, features: Loss.parse(text)(same._replace(logits=logits, features=features))[0]
+    value, gradients = jax.value_and_grad(function, (0, 1))(same.logits, same.features)
+    assert abs(float(value)) < 1e-14
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients)) < 1e-14
+    assert float(Loss.parse(text)(out)[0]) > 1e-3  # and another one does not
+
+
+EVERY = ["ad", "ad:temperature=2", "ad:top_k=3", "mix", "kl", "rkl", "cakld", "hidden", "dmd"]
+
+
+@pytest.mark.parametrize("text", EVERY)
+def test_nothing_flows_to_the_teacher(text):
+    out = featured()
+    function = lambda x, y: Loss.parse(text)(out._replace(teacher_logits=x, teacher_features=y))[0]
+    gradients = jax.grad(function, (0, 1))(out.teacher_logits, out.teacher_features)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradients))
 
 
 def test_distillation_does_not_look_at_the_labels():
@@ -139,22 +200,33 @@ def test_a_loss_is_the_weighted_sum_of_its_terms(x64):
         (" 3 * ce ", 3 * ce),
         ("ce + ce", 2 * ce),
         ("0.5*ce + 0.5*ce + ad", ce + ad),
+        ("ce + 10*hidden", ce + 10 * float(hidden_states(featured()).sum())),
+        ("0.5*kl:temperature=2 + 0.5*rkl", 0.5 * float((forward_kl(out, temperature=2.0) + reverse_kl(out)).sum())),
     ]:
-        assert float(Loss.parse(text)(out)[0]) == pytest.approx(expected, rel=1e-13), text
+        assert float(Loss.parse(text)(featured())[0]) == pytest.approx(expected, rel=1e-13), text
 
 
 @pytest.mark.parametrize(
     ("text", "names"),
-    [("ce", {"loss", "ce"}), ("ad", {"loss", "ce", "floor"}), ("mix", {"loss", "ce", "floor"})],
+    [
+        ("ce", {"loss", "ce"}),
+        ("ad", {"loss", "ce", "floor", "ad"}),
+        ("mix", {"loss", "ce", "floor", "ad"}),
+        ("2*kl + 0*hidden + dmd:hidden=0", {"loss", "ce", "floor", "kl", "hidden", "dmd"}),
+        ("kl + rkl:temperature=2 + kl:temperature=2", {"loss", "ce", "floor", "kl", "rkl", "kl:temperature=2"}),
+    ],
 )
 def test_sums_are_over_positions_and_scalar(text, names):
-    out = outputs(teacher="floor" in names)
+    out = featured() if "floor" in names else outputs(teacher=False)
     total, sums = Loss.parse(text)(out)
     assert set(sums) == names
     assert {value.shape for value in sums.values()} == {total.shape} == {()}
     assert float(sums["loss"]) == float(total)
     assert float(sums["ce"]) == pytest.approx(float(next_token(out).sum()), rel=1e-6)
     assert next_token(out).shape == (B, T)
+    for term in Loss.parse(text).terms:  # each under its kind, before its weight
+        name = "kl:temperature=2" if term == Term(1.0, "kl", (("temperature", 2.0),)) else term.kind
+        assert float(sums[name]) == pytest.approx(float(term(out).sum()), rel=1e-6)
 
 
 def test_logging_the_cross_entropy_adds_nothing_to_the_gradient():
@@ -173,12 +245,18 @@ def test_logging_the_cross_entropy_adds_nothing_to_the_gradient():
         ("mix", (Term(0.5, "ce"), Term(0.5, "ad"))),
         ("0.3*ce + 0.7*ad: temperature = 2", (Term(0.3, "ce"), Term(0.7, "ad", (("temperature", 2.0),)))),
         ("1e-2*ce", (Term(0.01, "ce"),)),
+        ("ce + 10*hidden", (Term(1.0, "ce"), Term(10.0, "hidden"))),
+        ("0.5*kl:temperature=2 + 0.5*rkl", (Term(0.5, "kl", (("temperature", 2.0),)), Term(0.5, "rkl"))),
+        (
+            "dmd:hidden=0,layers=2 + cakld:beta=0.5",
+            (Term(1.0, "dmd", (("hidden", 0.0), ("layers", 2))), Term(1.0, "cakld", (("beta", 0.5),))),
+        ),
     ],
 )
 def test_text_is_read_as_terms(text, terms):
     loss = Loss.parse(text)
     assert loss.terms == terms
-    assert loss.needs_teacher == any(term.kind == "ad" for term in terms)
+    assert loss.needs_teacher == any(term.kind != "ce" for term in terms)
     assert {type(value) for term in loss.terms for _, value in term.options} <= {int, float}
 
 
@@ -186,7 +264,7 @@ def test_text_is_read_as_terms(text, terms):
     ("text", "says"),
     [
         ("", "'' is not WEIGHT.KIND:OPTIONS"),
-        ("xent", "unknown loss 'xent'; valid: ad, ce"),
+        ("xent", "unknown loss 'xent'; valid: ad, cakld, ce, dmd, hidden, kl, mix, rkl"),
         ("mx", r"did you mean 'mix'\?"),
         ("ce +", "'' is not WEIGHT.KIND:OPTIONS"),
         ("2**ce", "is not WEIGHT.KIND"),
@@ -204,6 +282,13 @@ def test_text_is_read_as_terms(text, terms):
         ("ad:temperature=inf", "temperature=inf must be above 0 and finite"),
         ("ad:top_k=-1", "top_k=-1 must be at least 0"),
         ("ad:top_k=1,top_k=2", "option 'top_k' is given twice"),
+        ("kl:top_k=3", "unknown kl option 'top_k'; valid: temperature"),
+        ("rkl:temperature=-1", "temperature=-1.0 must be above 0"),
+        ("cakld:beta=1.5", "beta=1.5 must be from 0 to 1"),
+        ("cakld:beta=nan", "beta=nan must be from 0 to 1"),
+        ("hidden:layers=-1", r"layers=-1 must be at least 0 \(0: all\)"),
+        ("hidden:layers=half", "hidden:layers='half' is not a whole number"),
+        ("dmd:hidden=-2", "hidden=-2.0 must be at least 0"),
     ],
 )
 def test_text_that_is_no_loss_is_refused(text, says):
@@ -211,9 +296,17 @@ def test_text_that_is_no_loss_is_refused(text, says):
         Loss.parse(text)
 
 
-def test_distillation_without_a_teacher_is_refused():
-    with pytest.raises(InputError, match="'ad' needs a teacher"):
-        Loss.parse("ad")(outputs(teacher=False))
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"ce"}))
+def test_a_term_without_its_teacher_is_refused(kind):
+    with pytest.raises(InputError, match=f"'{kind}' needs a teacher; set teacher to the directory"):
+        Loss.parse(kind)(outputs(teacher=False))
+
+
+def test_terms_over_logits_ask_for_no_features():
+    assert Loss.parse("ce + ad + kl + rkl + cakld").features == ()
+    assert Loss.parse("hidden + dmd:hidden=0 + 2*hidden").features == (
+        "layers.*.out", "layers.*.attn.q.out", "layers.*.attn.k.out", "layers.*.attn.v.out",
+    )  # fmt: skip
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -229,10 +322,10 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_every_kind_is_tested_here():
-    assert set(KINDS) == {"ce", "ad"}
+    assert set(KINDS) == {"ce", "ad", "kl", "rkl", "cakld", "hidden", "dmd"}
 
 
-@pytest.mark.parametrize("text", ["ce", "ad", "ad:temperature=2,top_k=3", "mix"])
+@pytest.mark.parametrize("text", ["ce", "ad", "ad:temperature=2,top_k=3", "mix", "kl + rkl", "cakld:temperature=2"])
 def test_a_vocabulary_split_over_devices_gives_the_same(text, x64):
     loss = Loss.parse(text)
     out = outputs()
@@ -245,7 +338,7 @@ def test_a_vocabulary_split_over_devices_gives_the_same(text, x64):
     with jax.set_mesh(mesh):
         split = jax.NamedSharding(mesh, jax.P("data", None, "model"))
         rows = jax.NamedSharding(mesh, jax.P("data", None))
-        found, found_sums = jax.jit(gradient)(Outputs(*jax.device_put(tuple(out), (split, rows, split))))
+        found, found_sums = jax.jit(gradient)(Outputs(*jax.device_put(tuple(out[:3]), (split, rows, split))))
     assert found.sharding.spec == split.spec
     close(found, np.asarray(expected))
     assert set(found_sums) == set(sums)

@@ -1,12 +1,14 @@
 """The decoder: embedding, stacked blocks scanned in segments of equal policy, head."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from fbi.model import taps
 from fbi.model.attention import Attention, Cache, Where
 from fbi.model.axes import Axes, gathered
 from fbi.model.config import ModelConfig, linear_shapes
@@ -52,6 +54,7 @@ class Block(nnx.Module):
                 dtype=dtype,
                 norm=norm(shapes[site][0], ("inner",)),
                 rngs=rngs,
+                site=site,
             )
 
         self.attn_norm, self.mlp_norm = norm(c.dim, ("pre", "sub")), norm(c.dim, ("pre", "sub"))
@@ -71,7 +74,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
         mixed, cache = self.attn(self.attn_norm(x) if self.attn_norm else x, where, cache, ctx)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x) if self.mlp_norm else x, ctx), cache
+        return taps.tap("out", x + self.mlp(self.mlp_norm(x) if self.mlp_norm else x, ctx)), cache
 
 
 class Decoder(nnx.Module):
@@ -122,24 +125,30 @@ class Decoder(nnx.Module):
         ctx: Ctx = Ctx(),
         remat: bool = False,
         unroll: int = 1,
-    ) -> tuple[Float[Array, "b t v"], dict[str, Cache] | None]:
-        """Logits in float32 at least, and the caches with these positions written where caches are given."""
+        wanted: taps.Wanted = taps.NOTHING,
+    ) -> tuple[Float[Array, "b t v"], dict[str, Cache] | None, dict[str, Any]]:
+        """Logits in float32 at least, the caches with these positions written where caches are given, and features."""
         table = self._table(ctx)
         whole = jax.sharding.reshard(table, jax.P(None, None))
         x = whole.at[tokens].get(out_sharding=self.axes.stream)
         updated: dict[str, Cache] = {}
+        pieces: list[dict[str, Any]] = []  # of the features, a stack for each segment
         for start, stop in self.segments:
             name = f"layers_{start}_{stop}"
 
-            def body(x: Array, layer: tuple[Block, Cache | None]) -> tuple[Array, Cache | None]:
+            def body(x: Array, layer: tuple[Block, Cache | None]) -> tuple[Array, tuple[Cache | None, dict[str, Any]]]:
                 block, cache = layer
-                return block(x, where, cache, ctx)
+                with taps.collect(wanted) as found:
+                    x, cache = block(x, where, cache, ctx)
+                return x, (cache, found)
 
             step: Callable = jax.checkpoint(body) if remat else body
             layers = (getattr(self, name), None if caches is None else caches[name])
-            x, cache = jax.lax.scan(step, x, layers, unroll=min(unroll, stop - start))
+            x, (cache, found) = jax.lax.scan(step, x, layers, unroll=min(unroll, stop - start))
             if cache is not None:
                 updated[name] = cache
+            pieces.append(found)
+        features = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
         x = self.norm(x)
         out = self.axes.hidden(self.axes.vocab)
         if self.config.tied:
@@ -148,5 +157,7 @@ class Decoder(nnx.Module):
             logits = dense(x_hat, jax.sharding.reshard(table, gathered(self._table_spec)).T, out)
         else:
             logits = self.head(x, out, ctx)
+        if "head" in wanted:
+            features["head"] = wanted["head"](x)
         logits = jnp.asarray(logits)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), updated or None
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), updated or None, features

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fbi.model import config as shapes
+from fbi.model import taps
 from fbi.model.attention import Cache, Where
 from fbi.model.axes import Axes, mesh_1x1
 from fbi.model.config import ModelConfig
@@ -33,10 +34,10 @@ def _some_mesh() -> Iterator[None]:
         yield
 
 
-def _compiled(function: Callable) -> Callable:
+def _compiled(function: Callable, static: tuple[int, ...] = ()) -> Callable:
     """`function` compiled under a 1x1 mesh: where none is set, only inside jit may a transformation enter one."""
 
-    @jax.jit
+    @functools.partial(jax.jit, static_argnums=static)
     def call(*args: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh_1x1().abstract_mesh) if _no_mesh() else contextlib.nullcontext():
             return function(*args)
@@ -103,17 +104,43 @@ class Model:
         ctx: Ctx = Ctx(),
     ) -> Float[Array, "b t v"]:
         """Logits for the token after each position; attention stays within `documents` where they are given."""
-        return (self._apply_alone if _no_mesh() else self._apply)(params, tokens, documents, ctx)
+        return self.features(params, tokens, documents, ctx)[0]
 
-    def _apply(self, params: Params, tokens: Array, documents: Array | None, ctx: Ctx) -> Array:
+    def features(
+        self,
+        params: Params,
+        tokens: Int[Array, "b t"],
+        documents: Int[Array, "b t"] | None = None,
+        ctx: Ctx = Ctx(),
+        wanted: Mapping[str, taps.Reducer] | Sequence[str] = (),
+    ) -> tuple[Float[Array, "b t v"], dict[str, Any]]:
+        """The logits of `apply`, and intermediate values by the names of `fbi.model.taps`.
+
+        `wanted` names features (`layers.*.out`, `layers.*.attn.{q,k}.out`, `head`), or maps each to a function that is
+        applied to the value in its layer, so that a large tensor need not leave it. Values come back by their name
+        without `layers.*.`, with a leading axis of layers: `out` is [layers, b, t, d]; `head` is [b, t, d].
+        `InputError` for a name that this model does not have.
+        """
+        found = tuple(taps.resolve(self.config, wanted).items())
+        return (self._features_alone if _no_mesh() else self._features)(params, tokens, documents, ctx, found)
+
+    def _features(
+        self,
+        params: Params,
+        tokens: Array,
+        documents: Array | None,
+        ctx: Ctx,
+        wanted: tuple[tuple[str, taps.Reducer], ...],
+    ) -> tuple[Array, dict[str, Any]]:
         positions = jnp.arange(tokens.shape[1])
         where = Where(positions, positions, documents)
         decoder = nnx.merge(self._structure, params)
-        return decoder(tokens, where, ctx=ctx, remat=self.remat, unroll=self.unroll)[0]
+        logits, _, features = decoder(tokens, where, ctx=ctx, remat=self.remat, unroll=self.unroll, wanted=dict(wanted))
+        return logits, features
 
     @functools.cached_property
-    def _apply_alone(self) -> Callable:
-        return _compiled(self._apply)
+    def _features_alone(self) -> Callable:
+        return _compiled(self._features, static=(4,))
 
     def empty_cache(self, batch: int, length: int) -> dict[str, Cache]:
         """Room for `length` positions of keys and values, by segment, [layers, b, s, g, k]."""
@@ -138,7 +165,7 @@ class Model:
     ) -> tuple[Array, dict[str, Cache]]:
         length = jax.tree.leaves(caches)[0].shape[2]
         where = Where(position + jnp.arange(tokens.shape[1]), jnp.arange(length))
-        logits, updated = nnx.merge(self._structure, params)(tokens, where, caches)
+        logits, updated, _ = nnx.merge(self._structure, params)(tokens, where, caches)
         assert updated is not None  # caches went in
         return logits, updated
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from fbi.model import taps
 from fbi.model.axes import gathered
 from fbi.model.dense import dense
 from fbi.model.norm import RMSNorm
@@ -29,7 +30,9 @@ class Linear(nnx.Module):
         dtype: jnp.dtype,
         norm: RMSNorm | None,
         rngs: nnx.Rngs,
+        site: str = "",
     ):
+        self.site = site  # its name to whoever taps it
         self.methods, self.spec, self.norm = methods, spec, norm
         w = std * jax.random.normal(rngs.params(), shape, dtype, out_sharding=spec)
         self.w = nnx.Param(w)
@@ -39,7 +42,8 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "b t i"], out: jax.P, ctx: Ctx) -> Float[Array, "b t o"]:
         if self.norm is not None:
             x = self.norm(x)
+        taps.tap(self.site, x)
         qparams = {name: leaf[...] for name, leaf in self.q.items()} if hasattr(self, "q") else {}
         w_hat = self.methods.weight.build("weight").apply(self.w[...], qparams, ctx).astype(x.dtype)
         x_hat = self.methods.activation.build("activation").apply(x, {}, ctx).astype(x.dtype)
-        return dense(x_hat, jax.sharding.reshard(w_hat, gathered(self.spec)), out)
+        return taps.tap(f"{self.site}.out", dense(x_hat, jax.sharding.reshard(w_hat, gathered(self.spec)), out))

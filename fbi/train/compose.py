@@ -60,6 +60,11 @@ def check(run: Run, execution: Execution = Execution()) -> None:
         raise InputError(f"loss={run.loss!r} needs a teacher; set teacher to the directory of a finished run")
     if run.teacher and not loss.needs_teacher:
         raise InputError(f"loss={run.loss!r} does not look at teacher={run.teacher!r}; drop it, or use loss=ad")
+    if loss.whole_batch and execution.accumulate > 1:
+        raise InputError(
+            f"loss={run.loss!r}: {', '.join(loss.whole_batch)} looks at the whole batch, which accumulate="
+            f"{execution.accumulate} computes in parts; use accumulate=1, or an option that fixes it, as cakld:beta=0.5"
+        )
     for name, value, least in (
         ("steps", run.steps, 1),
         ("guard.retries", run.guard.retries, 0),

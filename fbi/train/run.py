@@ -37,7 +37,7 @@ class Run:
     policy: str = "fbi"
     """Which quantizer each site gets: a preset or rules."""
     loss: str = "ce"
-    """ce, ad, mix, or a weighted sum such as '0.3*ce + 0.7*ad:temperature=2'."""
+    """ce, ad, kl, rkl, cakld, hidden, dmd, or a weighted sum such as '0.3*ce + 0.7*ad:temperature=2'; mix."""
     teacher: str = ""
     """Run directory of the teacher, where the loss needs one."""
     start: str = ""

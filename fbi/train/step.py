@@ -55,8 +55,9 @@ def make_step(
 ) -> Step:
     """The compiled step (state, teacher_params, tokens [b, t+1], progress) -> (state, sums).
 
-    Sums are over the batch: `loss`, `ce`, `floor` (with a teacher), `count` of predictions; `grad_norm` before
-    clipping. The batch is computed in `accumulate` parts whose gradients add up to that of the whole.
+    Sums are over the batch: `loss`, `ce`, `floor` (with a teacher), each term of the loss by its kind, `count` of
+    predictions; `grad_norm` before clipping. The batch is computed in `accumulate` parts whose gradients add up to that
+    of the whole.
     """
 
     def objective(
@@ -64,9 +65,11 @@ def make_step(
     ) -> tuple[Array, dict[str, Array]]:
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         documents = documents_of(inputs, separator)
-        logits = model.apply(params, inputs, documents, Ctx(progress))
-        taught = None if teacher is None else teacher.apply(teacher_params or {}, inputs, documents)
-        total, sums = loss(Outputs(logits, labels, taught))
+        logits, features = model.features(params, inputs, documents, Ctx(progress), loss.features)
+        taught, known = None, {}
+        if teacher is not None:
+            taught, known = teacher.features(teacher_params or {}, inputs, documents, wanted=loss.features)
+        total, sums = loss(Outputs(logits, labels, taught, features, known))
         return total / (labels.size * accumulate), sums
 
     gradient = jax.grad(objective, has_aux=True)

@@ -29,7 +29,7 @@ def one_step(policy, loss="ce", accumulate=1, dtype="float32", mesh_text="data=1
     tx = optim.build(optim.OptimizerConfig(warmup=0.0, **optimizer), 10)
     mesh = meshes.make(meshes.parse(mesh_text, jax.device_count()))
     tokens = np.random.default_rng(0).integers(0, 64, (8, 17)).astype(np.int32)
-    distils = "ad" in loss
+    distils = Loss.parse(loss).needs_teacher
     with jax.set_mesh(mesh):
         state, taught = init_state(model, tx, jax.random.key(0)), teacher.init(1)
         step = make_step(
@@ -53,6 +53,17 @@ def test_accumulation_in_parts_equals_the_large_batch(policy, mesh_text, x64):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9), whole, parts)
     for name, value in sums.items():
         assert summed[name] == pytest.approx(value, rel=1e-10), name
+
+
+def test_losses_over_features_are_the_same_on_a_mesh_and_in_parts(x64):
+    loss = "kl + cakld:beta=0.5 + 10*hidden + dmd"
+    params, sums = one_step("fbi", loss, 1, "float64")
+    assert {"loss", "ce", "floor", "kl", "cakld", "hidden", "dmd", "count", "grad_norm"} == set(sums)
+    assert sums["loss"] == pytest.approx(sums["kl"] + sums["cakld"] + 10 * sums["hidden"] + sums["dmd"], rel=1e-12)
+    others, found = one_step("fbi", loss, 2, "float64", "data=4,model=2")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9), params, others)
+    for name, value in sums.items():
+        assert found[name] == pytest.approx(value, rel=1e-9), name
 
 
 def test_masking_documents_changes_the_loss():

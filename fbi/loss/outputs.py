@@ -1,0 +1,19 @@
+"""What a loss may look at."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from jaxtyping import Array, Float, Int
+
+
+class Outputs(NamedTuple):
+    """Logits [b, t, v] of student and teacher, the token that follows each position, and features of both.
+
+    Features are keyed as `Model.features` returns them, [layers, b, t, x]; only those that a loss asks for are there.
+    """
+
+    logits: Float[Array, "b t v"]
+    labels: Int[Array, "b t"]
+    teacher_logits: Float[Array, "b t v"] | None = None
+    features: Mapping[str, Array] = {}
+    teacher_features: Mapping[str, Array] = {}
