@@ -8,6 +8,7 @@ import jax
 from jaxtyping import Array
 
 from fbi.analysis import codes as measures
+from fbi.analysis.batch import Measure
 from fbi.analysis.codes import Ratio
 from fbi.analysis.names import parse
 from fbi.analysis.sites import Stack, stacks
@@ -36,25 +37,24 @@ WEIGHTS: dict[str, Callable[[Tensor], dict[str, Ratio]]] = {
     "error": lambda t: {"error": measures.relative_error(t.w, t.quantizer.apply(t.w, t.qparams, t.ctx))},
     "masked": lambda t: {"masked": measures.masked(t.quantizer, t.w, t.qparams, t.ctx)},
 }
-Batch = Callable[..., dict[str, dict[str, Ratio]]]  # (params, *batch) -> site -> field -> ratio
 
 
 class Diagnostics:
     """What is measured around a step: `before` it (its buffers are given away), `after` it, `rows` when they are read.
 
-    `batch` are measures by name that need the batch: functions (params, *batch) -> site -> field -> `Ratio`, computed
-    from the parameters before the step. A model without quantized weights has rows from these alone.
+    `batch` are the measures by name that need the batch of the step; they see the parameters before it. A model
+    without quantized weights has rows from these alone.
     """
 
-    def __init__(self, model: Model, names: str, batch: dict[str, Batch] | None = None):
+    def __init__(self, model: Model, names: str, batch: dict[str, Measure] | None = None):
         self.names = parse(names)
         self.stacks = stacks(model)
         self._batch = {name: measure for name, measure in (batch or {}).items() if name in self.names}
         self._before, self._after = jax.jit(self._encode), jax.jit(self._measure)
 
-    def before(self, params: Params, *batch: Any) -> Any:
+    def before(self, params: Params, teacher_params: Any, tokens: Array, progress: Array) -> Any:
         """What must be kept of the state that a step is about to consume: codes, and what the batch shows."""
-        return self._before(params, *batch)
+        return self._before(params, teacher_params, tokens, progress)
 
     def after(self, held: Any, params: Params, progress: Any) -> Any:
         """The measurements, on the devices, of what `before` kept and the parameters after the step."""

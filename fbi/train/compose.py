@@ -1,6 +1,7 @@
 """A run from its configuration: checks, data, teacher, mesh, loop, result."""
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fbi import optim
+from fbi.analysis.batch import activations, alignment, on_part
 from fbi.analysis.diagnostics import Diagnostics
 from fbi.analysis.names import parse as diagnostic_names
 from fbi.data import Batches, Windows, prepare
@@ -29,7 +31,7 @@ from fbi.train.loop import Loop
 from fbi.train.progress import Reporter
 from fbi.train.run import Execution, Run
 from fbi.train.rundir import Metrics, begin, environment, locked, take_back
-from fbi.train.step import State, abstract_state, make_step
+from fbi.train.step import State, abstract_state, documents_of, make_objective, make_step
 
 STEPS = 1 << 31  # the optimizer counts them in 32 bits
 SEEDS = 1 << 32  # jax takes a seed modulo this: beyond it two seeds would be one
@@ -195,7 +197,14 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
             row = {"kind": "eval", "step": step, "split": "validation", **found, "tokens": score.tokens}
             return [row, *scale_rows(model, state["params"], step)]
 
-        diagnostics = Diagnostics(model, execution.diagnostics) if execution.diagnose_every else None
+        diagnostics = None
+        if execution.diagnose_every:
+            measures = {
+                "activations": activations(model, functools.partial(documents_of, separator=separator)),
+                "alignment": alignment(model, make_objective(loss, teacher=teacher, separator=separator)),
+            }
+            by_batch = {name: on_part(measure, execution.accumulate) for name, measure in measures.items()}
+            diagnostics = Diagnostics(model, execution.diagnostics, by_batch)
         try:
             with Reporter(run.name, run.steps, line_every=execution.line_every) as reporter:
                 final: list[dict[str, Any]] = []
