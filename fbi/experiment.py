@@ -75,7 +75,7 @@ def chain(run: Run, policies: Sequence[str], root: str | Path) -> list[tuple[Pat
     A link starts from the weights of the one before and, where the loss has a teacher, is taught by it: the
     distillation in steps of BiT, arXiv 2205.13016, whose policies fall from 32 bits to 1. The first link starts and is
     taught as `run` says; where that names no teacher, it learns from the text alone (`ce`). Directories are `root`/0,
-    `root`/1, ...; links differ from `run` in name, policy, start, teacher, and loss as said. `InputError` for no policy.
+    `root`/1, ...; links differ from `run` in name, policy, start, teacher and loss. `InputError` for no policy.
     """
     from fbi.loss import Loss  # it needs jax, which naming runs does not
 
