@@ -41,7 +41,7 @@ def test_rows_for_each_site_and_one_of_all(diagnosed):
         assert 0 <= row["flips"] < 0.5
         assert 0.9 < row["entropy"] <= 1
         assert 0 < row["near"] < 0.3
-        assert 0.2 < row["error"] < 2  # learned scales do not minimise it
+        assert row["error"] > 0.2  # 0.36 at the start; learned scales do not minimise it
         assert row["masked"] == 0  # the identity masks nothing
 
 
