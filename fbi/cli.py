@@ -223,6 +223,30 @@ def policy(
     print(Policy.parse(text).report(fbi.model.build(model)))
 
 
+def cost(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")], policy: str = "fbi", tokens: int = 512
+) -> None:
+    """What a model costs: size, operations, energy of its arithmetic, memory of training; counted, not measured.
+
+    For example: fbi cost bitnet-3b --policy bitnet-b158 --tokens 512
+
+    Args:
+        model: The name of a model preset.
+        policy: A preset (fp, fbi, bitnet-b158) or rules.
+        tokens: Length of the one sequence that the forward pass is over.
+    """
+    from fbi.analysis import cost_rows
+    from fbi.analysis.cost import cost
+    from fbi.model.config import preset
+    from fbi.policy import Policy
+    from fbi.report.table import Column, Table
+
+    found = cost(preset(model), Policy.parse(policy), tokens)
+    columns = [Column(*column) for column in cost_rows.COLUMNS]
+    title = f"{model}, {policy}, a forward pass over {tokens} tokens"
+    print(Table(columns, cost_rows.rows(found), title=title, notes=cost_rows.notes(found)).terminal(_width()))
+
+
 def models() -> None:
     """Every model preset with its shape and exact parameter count.
 
@@ -257,7 +281,7 @@ def show(directory: RunDirectory, picture: str = "curves.png") -> None:
 
 COMMANDS = {
     "demo": demo, "data": data, "train": train, "eval": evaluate, "generate": generate,
-    "methods": methods, "policy": policy, "models": models, "show": show,
+    "methods": methods, "policy": policy, "cost": cost, "models": models, "show": show,
 }  # fmt: skip
 
 

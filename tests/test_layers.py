@@ -19,9 +19,8 @@ ROWS = [
     {"model", "data"},
     {"loss"},
     {"optim"},
-    {"evaluate"},
+    {"evaluate", "analysis"},
     {"train"},
-    {"analysis"},
     {"experiment", "report", "demo", "launch"},
     {"cli", "console"},
 ]
@@ -103,6 +102,9 @@ def f():
     [
         ("train/compose.py", "evaluate", True),
         ("train/compose.py", "experiment", False),
+        ("train/compose.py", "analysis", True),
+        ("analysis/sites.py", "model", True),
+        ("analysis/diagnostics.py", "train", False),
         ("train/run.py", "report", False),
         ("train/run.py", "cli", False),
         ("quant/scale.py", "errors", True),

@@ -1,6 +1,6 @@
-"""Optimizers from optax: learning-rate schedules, what is decayed, clipping."""
+"""Optimizers from optax: learning-rate schedules, what is decayed, clipping, and the whole chain."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from fbi.optim.bop import bop, clip_latents, freeze_scales
 from fbi.optim.config import OptimizerConfig, check
+from fbi.optim.groups import is_latent, mask
 
 Schedule = Callable[[Any], Any]
 
@@ -55,21 +57,38 @@ def weight_decay(config: OptimizerConfig, steps: int) -> Schedule:
 
 def decay_mask(params: Any, decay: str) -> Any:
     """A tree of booleans: what is decayed. `latent`: matrices `w` of the blocks, not scales, norms, embedding, head."""
-
-    def latent(path: tuple, leaf: Any) -> bool:
-        del leaf
-        keys = [entry.key for entry in path]
-        return keys[0].startswith("layers_") and keys[-1] == "w"
-
-    return jax.tree_util.tree_map_with_path(lambda p, x: decay == "everything" or latent(p, x), params)
+    return mask(lambda path: decay == "everything" or is_latent(path))(params)
 
 
-def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW with global-norm clipping; Loshchilov & Hutter, arXiv 1711.05101."""
-    check(config)
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+def adamw(config: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, ...]:
+    """The parts of AdamW, in order; Loshchilov & Hutter, arXiv 1711.05101."""
+    return (
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(weight_decay(config, steps), mask=lambda p: decay_mask(p, config.decay)),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
+    )
+
+
+def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run of `steps`: global-norm clipping, AdamW or Bop, and the restrictions that are asked for.
+
+    Under `latent="bop"` the latent matrices of the blocks are Bop's (no learning rate, no decay), all else is AdamW's.
+    Raises `InputError` for a value out of range.
+    """
+    check(config)
+    parts = adamw(config, steps)
+    if config.latent == "bop":
+        kinds: dict[Hashable, optax.GradientTransformation] = {
+            "bop": bop(config.bop_gamma, config.bop_threshold),
+            "adamw": optax.chain(*parts),
+        }
+        names = {True: "bop", False: "adamw"}
+        parts = (optax.partition(kinds, lambda p: jax.tree.map(names.__getitem__, mask(is_latent)(p))),)
+    frozen = (freeze_scales(),) if config.freeze else ()
+    return optax.chain(
+        *frozen,
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        *parts,
+        *frozen,
+        *((clip_latents(config.latent_clip),) if config.latent_clip else ()),
     )

@@ -8,7 +8,7 @@ from fbi.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule. The defaults of betas, decay and clipping are FBI-LLM's (arXiv 2407.07093, its code)."""
+    """AdamW or Bop, and the schedule. Betas, decay and clipping are by default those of FBI-LLM (2407.07093, code)."""
 
     lr: float = 3e-3
     """Peak learning rate."""
@@ -33,6 +33,16 @@ class OptimizerConfig:
     """What is decayed: the latent matrices of the blocks, or every parameter as FBI-LLM's code does."""
     clip: float = 1.0
     """Global norm to which gradients are clipped; 0: never."""
+    latent: Literal["adamw", "bop"] = "adamw"
+    """What moves the latent matrices of the blocks: AdamW like all else, or Bop, which only flips their signs."""
+    bop_gamma: float = 1e-4
+    """Bop: the weight of a new gradient in its running mean; the default is the paper's (arXiv 1906.02107)."""
+    bop_threshold: float = 1e-8
+    """Bop: the running mean from which on a sign flips; the paper's 1e-8 is for its losses and scales, so sweep it."""
+    latent_clip: float = 0.0
+    """Latent matrices of the blocks stay within plus and minus this (BinaryConnect takes 1.0); 0: never clipped."""
+    freeze: Literal["", "scales"] = ""
+    """What gets no update: nothing, or the learned leaves of quantizers (scales, shifts, clips)."""
 
 
 def check(config: OptimizerConfig) -> None:
@@ -40,6 +50,7 @@ def check(config: OptimizerConfig) -> None:
     for name, low, high in (
         ("lr", 0, None), ("second_lr", 0, None), ("warmup", 0, 1e9), ("final", 0, 1), ("decay_share", 0, 1),
         ("b1", 0, 1), ("b2", 0, 1), ("weight_decay", 0, None), ("clip", 0, None),
+        ("bop_gamma", 0, 1), ("bop_threshold", 0, None), ("latent_clip", 0, None),
     ):  # fmt: skip
         value = getattr(config, name)
         if not value >= low or (high is not None and value > high):
@@ -48,5 +59,6 @@ def check(config: OptimizerConfig) -> None:
     for name in ("b1", "b2"):
         if getattr(config, name) == 1:
             raise InputError(f"optimizer.{name}=1.0 is out of range; it must be below 1")
-    if not config.eps > 0:
-        raise InputError(f"optimizer.eps={config.eps} is out of range; it must be above 0")
+    for name in ("eps", "bop_gamma"):
+        if not getattr(config, name) > 0:
+            raise InputError(f"optimizer.{name}={getattr(config, name)} is out of range; it must be above 0")

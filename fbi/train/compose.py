@@ -1,6 +1,7 @@
 """A run from its configuration: checks, data, teacher, mesh, loop, result."""
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fbi import optim
+from fbi.analysis.batch import activations, alignment, on_part
+from fbi.analysis.diagnostics import Diagnostics
+from fbi.analysis.names import parse as diagnostic_names
 from fbi.data import Batches, Windows, prepare
 from fbi.data import config as data_config
 from fbi.errors import InputError
@@ -19,6 +23,7 @@ from fbi.loss import Loss
 from fbi.model import Model, Params
 from fbi.model.config import check as check_model
 from fbi.model.decoder import segments
+from fbi.policy import NONE, Methods
 from fbi.train import mesh as meshes
 from fbi.train.checkpoint import Checkpoints
 from fbi.train.load import build_model, check_teacher, load_teacher, starting_params
@@ -26,7 +31,7 @@ from fbi.train.loop import Loop
 from fbi.train.progress import Reporter
 from fbi.train.run import Execution, Run
 from fbi.train.rundir import Metrics, begin, environment, locked, take_back
-from fbi.train.step import State, abstract_state, make_step
+from fbi.train.step import State, abstract_state, documents_of, make_objective, make_step
 
 STEPS = 1 << 31  # the optimizer counts them in 32 bits
 SEEDS = 1 << 32  # jax takes a seed modulo this: beyond it two seeds would be one
@@ -49,7 +54,9 @@ def check(run: Run, execution: Execution = Execution()) -> None:
     check_model(run.model)
     data_config.check(run.data)
     optim.check(run.optimizer)
-    build_model(run)
+    model = build_model(run)
+    if run.optimizer.latent == "bop":
+        check_signs(model)
     loss = Loss.parse(run.loss)
     if loss.needs_teacher and not run.teacher:
         raise InputError(f"loss={run.loss!r} needs a teacher; set teacher to the directory of a finished run")
@@ -71,6 +78,7 @@ def check(run: Run, execution: Execution = Execution()) -> None:
         ("eval_every", execution.eval_every, 0),
         ("eval_windows", execution.eval_windows, 0),
         ("log_every", execution.log_every, 1),
+        ("diagnose_every", execution.diagnose_every, 0),
     ):
         if value < least:
             raise InputError(f"{name}={value} must be at least {least}")
@@ -82,7 +90,18 @@ def check(run: Run, execution: Execution = Execution()) -> None:
         raise InputError(f"guard.spike={run.guard.spike} must be above 0")
     if run.data.window > run.model.context:
         raise InputError(f"data.window={run.data.window} exceeds model.context={run.model.context}; lower it")
+    diagnostic_names(execution.diagnostics)
     meshes.check(meshes.parse(execution.mesh, jax.device_count()), run.model, run.data.batch, execution.accumulate)
+
+
+def check_signs(model: Model) -> None:
+    """Refuses Bop, which only flips signs, where a matrix of a block is used as it is."""
+    for site in model.sites:
+        if site.name.startswith("layers.") and site.weight and model.bound.get(site.name, Methods()).weight == NONE:
+            raise InputError(
+                f"optimizer.latent=bop only flips signs, and {site.name} has no quantized weight; "
+                "give every matrix of the blocks a method (policy=fbi), or use optimizer.latent=adamw"
+            )
 
 
 def train(run: Run, directory: str | Path, execution: Execution = Execution()) -> Result:
@@ -178,6 +197,14 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
             row = {"kind": "eval", "step": step, "split": "validation", **found, "tokens": score.tokens}
             return [row, *scale_rows(model, state["params"], step)]
 
+        diagnostics = None
+        if execution.diagnose_every:
+            measures = {
+                "activations": activations(model, functools.partial(documents_of, separator=separator)),
+                "alignment": alignment(model, make_objective(loss, teacher=teacher, separator=separator)),
+            }
+            by_batch = {name: on_part(measure, execution.accumulate) for name, measure in measures.items()}
+            diagnostics = Diagnostics(model, execution.diagnostics, by_batch)
         try:
             with Reporter(run.name, run.steps, line_every=execution.line_every) as reporter:
                 final: list[dict[str, Any]] = []
@@ -197,6 +224,7 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
                     checkpoints=checkpoints,
                     metrics=Metrics(directory / "metrics.jsonl"),
                     reporter=reporter,
+                    diagnostics=diagnostics,
                 ).train()
                 final = final or rows(state, run.steps, True)  # a run stopped between its last checkpoint and here
         finally:

@@ -2,7 +2,8 @@
 
 The order of each turn is fixed: evaluate, save, next batch, step, log. Evaluation and checkpoint at step n see the
 state after n steps; metrics are read one step late, while the device is busy with the next; nothing is saved before
-the metrics of its step were read and found sound.
+the metrics of its step were read and found sound. Diagnostics of step n look at the state before and after it, and are
+read and recorded with its metrics.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fbi.analysis.diagnostics import Diagnostics
 from fbi.data.loader import Batches, merge_ranges
 from fbi.errors import InputError
 from fbi.train.checkpoint import Checkpoints
@@ -25,6 +27,7 @@ from fbi.train.run import Execution, Run
 from fbi.train.rundir import Metrics
 from fbi.train.step import State, Step
 
+Pending = tuple[int, dict[str, jax.Array], Any]  # (step, sums, what was diagnosed), on the devices
 Rows = Callable[[State, int, bool], list[dict[str, Any]]]  # (state, step, last) -> rows of an evaluation
 
 
@@ -77,6 +80,7 @@ class Loop:
     checkpoints: Checkpoints
     metrics: Metrics
     reporter: Reporter
+    diagnostics: Diagnostics | None = None
 
     def __post_init__(self):
         self.guard = Guard(self.run.guard)
@@ -110,10 +114,11 @@ class Loop:
                     raise Stopped(step)
                 tokens = put_batch(next(iterator), self.mesh)
                 progress = jax.device_put(np.float32(step / self.run.steps))
+                held = self._before(step + 1, state, tokens, progress)
                 with jax.transfer_guard_host_to_device("disallow"):
                     state, sums = self.step(state, self.teacher_params, tokens, progress)
                 step += 1
-                fault, pending = self._log(pending), (step, sums)
+                fault, pending = self._log(pending), (step, sums, self._after(held, state, progress))
                 if fault:
                     pending = None
                     state, step, iterator = self._go_back(step - 1, fault)
@@ -161,7 +166,24 @@ class Loop:
         self.since += time.perf_counter() - began  # evaluation is no part of the training rate
         self.evaluated = step
 
-    def _log(self, pending: tuple[int, dict[str, jax.Array]] | None) -> str | None:
+    def _before(self, step: int, state: State, tokens: jax.Array, progress: jax.Array) -> Any:
+        """What diagnostics of the coming `step` keep of the state that it consumes; None where none are due."""
+        if self.diagnostics is None or not self._due(self.execution.diagnose_every, step):
+            return None
+        began = time.perf_counter()
+        held = self.diagnostics.before(state["params"], self.teacher_params, tokens, progress)
+        self.since += time.perf_counter() - began  # compiling is no part of the training rate
+        return held
+
+    def _after(self, held: Any, state: State, progress: jax.Array) -> Any:
+        if self.diagnostics is None or held is None:
+            return None
+        began = time.perf_counter()
+        measured = self.diagnostics.after(held, state["params"], progress)
+        self.since += time.perf_counter() - began
+        return measured
+
+    def _log(self, pending: Pending | None) -> str | None:
         """Reads the metrics of a step, writes a row where one is due, and says what is wrong with it, if anything."""
         if pending is None:
             return None
@@ -182,6 +204,9 @@ class Loop:
             lr = self.learning_rate(step - 1)
             self.metrics.append({"kind": "train", "step": step, "tokens": step * tokens, **means, "lr": lr, **times})
             self.since = now
+        if self.diagnostics is not None and pending[2] is not None:
+            for row in self.diagnostics.rows(pending[2], step):
+                self.metrics.append(row)
         return None
 
     def _go_back(self, step: int, fault: str) -> tuple[State, int, Iterator[np.ndarray]]:

@@ -80,6 +80,10 @@ class Execution:
     """Windows of the validation split that are evaluated during the run; 0: all. The end always takes all."""
     log_every: int = 10
     """Steps summed up in one row of metrics.jsonl."""
+    diagnose_every: int = 0
+    """Steps of which every multiple gets rows of diagnostics in metrics.jsonl, by site and of all; 0: none."""
+    diagnostics: str = "flips,entropy,margin,error"
+    """Which, joined by commas; also masked, activations, alignment (these three cost more)."""
     line_every: float = 10.0
     """Seconds between progress lines where standard output is not a terminal."""
 

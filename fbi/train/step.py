@@ -1,5 +1,6 @@
 """The training step: loss, gradient, update, compiled once, its state donated."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from fbi.quant import Ctx
 
 State = dict[str, Any]  # {"params": ..., "opt": ...}
 Step = Callable[..., tuple[State, dict[str, Array]]]
+Objective = Callable[..., tuple[Float[Array, ""], dict[str, Array]]]
 
 
 def init_state(model: Model, tx: optax.GradientTransformation, key: Array) -> State:
@@ -44,6 +46,29 @@ def documents_of(inputs: Int[Array, "b t"], separator: int | None) -> Int[Array,
     return None if separator is None else jnp.cumsum(inputs == separator, axis=1)
 
 
+def make_objective(
+    loss: Loss, *, teacher: Model | None = None, parts: int = 1, separator: int | None = None
+) -> Objective:
+    """What a step differentiates: (model, params, teacher_params, tokens [b, t+1], progress) -> (mean loss, sums).
+
+    The mean is over predictions, divided by `parts`: those of equal parts of a batch add up to that of the whole.
+    """
+
+    def objective(
+        model: Model, params: Params, teacher_params: Params | None, tokens: Array, progress: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+        documents = documents_of(inputs, separator)
+        logits, features = model.features(params, inputs, documents, Ctx(progress), loss.features)
+        taught, known = None, {}
+        if teacher is not None:
+            taught, known = teacher.features(teacher_params or {}, inputs, documents, wanted=loss.features)
+        total, sums = loss(Outputs(logits, labels, taught, features, known))
+        return total / (labels.size * parts), sums
+
+    return objective
+
+
 def make_step(
     model: Model,
     loss: Loss,
@@ -59,20 +84,8 @@ def make_step(
     predictions; `grad_norm` before clipping. The batch is computed in `accumulate` parts whose gradients add up to that
     of the whole.
     """
-
-    def objective(
-        params: Params, teacher_params: Params | None, tokens: Array, progress: Array
-    ) -> tuple[Array, dict[str, Array]]:
-        inputs, labels = tokens[:, :-1], tokens[:, 1:]
-        documents = documents_of(inputs, separator)
-        logits, features = model.features(params, inputs, documents, Ctx(progress), loss.features)
-        taught, known = None, {}
-        if teacher is not None:
-            taught, known = teacher.features(teacher_params or {}, inputs, documents, wanted=loss.features)
-        total, sums = loss(Outputs(logits, labels, taught, features, known))
-        return total / (labels.size * accumulate), sums
-
-    gradient = jax.grad(objective, has_aux=True)
+    objective = make_objective(loss, teacher=teacher, parts=accumulate, separator=separator)
+    gradient = jax.grad(functools.partial(objective, model), has_aux=True)
 
     def whole(
         params: Params, teacher_params: Params | None, tokens: Array, progress: Array

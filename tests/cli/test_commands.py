@@ -253,6 +253,36 @@ def test_policy_prints_the_report(fbi):
     assert fbi("policy").out == fbi("policy", "fbi", "--model", "nano").out
 
 
+def test_cost_prints_every_product_and_what_is_left_out(fbi):
+    from fbi.analysis.cost import cost
+    from fbi.policy import Policy
+
+    ended = fbi("cost", "bitnet-3b", "--policy", "bitnet-b158", "--tokens", "512")
+    assert (ended.code, ended.err) == (0, "")
+    found = cost(PRESETS["bitnet-3b"], Policy.parse("bitnet-b158"), 512)
+    lines = {line.strip().split("  ")[0]: line for line in ended.out.splitlines() if line.strip()}
+    for product in found.products:
+        assert f"{1e3 * product.energy[7].total:,.4f}" in lines[product.site]
+    assert f"{found.macs / 1e9:,.3f}" in lines["all"]
+    assert "data movement is left out" in ended.out
+    assert f"{found.paper_bytes / 1e6:,.2f} MB as papers print it" in ended.out
+    assert f"{found.stored_bytes / 1e6:,.2f} MB as a file holds it" in ended.out
+    assert fbi("cost", "nano").out == fbi("cost", "nano", "--policy", "fbi", "--tokens", "512").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("nanoo",), ["unknown model 'nanoo'", "did you mean 'nano'"]),
+        (("nano", "--policy", "fbii"), ["unknown policy 'fbii'", "did you mean 'fbi'"]),
+        (("nano", "--tokens", "0"), ["tokens=0 must be at least 1"]),
+        ((), ["MODEL"]),
+    ],
+)
+def test_cost_refuses_bad_input(arguments, says, fbi):
+    refused(fbi("cost", *arguments), *says)
+
+
 def test_methods_lists_the_registry(fbi):
     from fbi.quant import REGISTRY
 
