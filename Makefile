@@ -5,7 +5,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
-.PHONY: install demo test lint types bench clean
+.PHONY: install demo test lint types bench methods-table methods-doc notebook clean
 
 install: .venv/installed
 
@@ -29,6 +29,19 @@ types: install
 
 bench: install
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/quantizers.py --steps
+
+# Every method at every bit-width, 300 steps each; resumable. Some knobs: STEPS=3, ONLY='quest*', SHARE=1/2.
+methods-table: install
+	$(BIN)/python experiments/methods_table.py --steps $(or $(STEPS),300) --only '$(or $(ONLY),*)' \
+		--share $(or $(SHARE),1/1) --out docs/methods-table.md
+
+methods-doc: install
+	$(BIN)/python -m fbi.quant.catalogue > docs/methods.md
+
+notebook: install
+	$(BIN)/jupytext --to ipynb --execute --output .cache/01_quantizers.ipynb notebooks/01_quantizers.py
+	$(BIN)/jupyter nbconvert --to html --output-dir docs --output 01_quantizers .cache/01_quantizers.ipynb
 
 clean:
 	rm -rf .venv .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -263,6 +263,23 @@ PRESETS: dict[str, str] = {
     "fbi": _BLOCK.replace("{m}", "w=fbi"),
     # BitNet b1.58 (2402.17764): ternary weights, 8-bit activations per token; embedding and head in full precision.
     "bitnet-b158": _BLOCK.replace("{m}", "w=bitnet-b158;a=absmax:bits=8"),
+    # BitNet (2310.11453): binary weights, 8-bit activations.
+    "bitnet-b1": _BLOCK.replace("{m}", "w=bitnet-b1;a=bitnet-b1"),
+    # BitNet a4.8 (2411.04965), second stage: 4 bits into attention and MLP, the larger half of 8 bits into the output
+    # projection, 8 bits into the down projection; with ReLU²-GLU (model.activation=relu2).
+    "bitnet-a48": "layers.*.attn.{q,k,v}: w=bitnet-b158;a=bitnet-a4 | layers.*.mlp.{gate,up}: w=bitnet-b158;a=bitnet-a4 "
+    "| layers.*.attn.o: w=bitnet-b158;a=bitnet-topk | layers.*.mlp.down: w=bitnet-b158;a=absmax:bits=8",
+    # BitNet v2 (2504.18415), second stage: 4 bits everywhere, rotated into output and down projections.
+    "bitnet-v2": "layers.*.{attn.o,mlp.down}: w=bitnet-b158;a=bitnet-v2 | "
+    + _BLOCK.replace("{m}", "w=bitnet-b158;a=bitnet-a4"),
+    # QuEST (2502.05003): W4A4; other widths by rules.
+    "quest": _BLOCK.replace("{m}", "w=quest:bits=4;a=quest:bits=4"),
+    # Weights only, for training from a pretrained model with a teacher (2402.11295, 2406.12311).
+    "onebit": _BLOCK.replace("{m}", "w=onebit"),
+    "binarymos": _BLOCK.replace("{m}", "w=binarymos"),
+    # Fully binary transformers (2205.13016, 2203.06390): weights, activations and attention.
+    "bit": "layers.*.attn.probs: a=bit:signed=false | " + _BLOCK.replace("{m}", "w=bit;a=bit"),
+    "bibert": "layers.*.attn.probs: a=bibert | " + _BLOCK.replace("{m}", "w=bibert;a=bibert"),
 }
 
 make_callable(__name__, Policy.parse)

@@ -100,7 +100,7 @@ class Decoder(nnx.Module):
             setattr(self, f"layers_{start}_{stop}", jax.vmap(build)(keys[start:stop]))
         self.norm = RMSNorm(config.dim, config.eps, dtype)
         if config.tied:
-            self.head = Operand(bound.get("head", Methods()), 3, config.dim, dtype, "head")
+            self.head: Any = Operand(bound.get("head", Methods()), 3, config.dim, dtype, "head")
         else:
             self.head = Linear(
                 (config.dim, config.vocab),

@@ -174,6 +174,11 @@ class Model:
     def _extend_alone(self) -> Callable:
         return _compiled(self._extend)
 
+    @functools.cached_property
+    def draws(self) -> bool:
+        """Whether any quantizer rounds at random in training."""
+        return any(q.draws for methods in set(self.bound.values()) for q in methods.build())
+
     def parameter_count(self) -> int:
         """Every parameter, the learned scales of the policy included."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract()))

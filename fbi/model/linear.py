@@ -64,5 +64,5 @@ class Linear(nnx.Module):
         whole = jax.P(*spec[:-1], None) if activation.whole else spec
         x, memo = weight.around.pre(x, around)
         x_hat = activation.apply(jax.sharding.reshard(x, whole), leaves_of(self, "a"), for_site(ctx, "a"))
-        y = dense(jax.sharding.reshard(x_hat.astype(x.dtype), spec), w_hat, out)
+        y = jnp.asarray(dense(jax.sharding.reshard(x_hat.astype(x.dtype), spec), w_hat, out))
         return taps.tap(f"{self.site}.out", weight.around.post(y, around, memo))

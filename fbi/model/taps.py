@@ -18,7 +18,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxtyping import Array
 
@@ -26,7 +26,8 @@ from fbi.errors import unknown
 from fbi.model.config import ModelConfig, linear_shapes
 from fbi.policy import glob_pattern
 
-Reducer = Callable[[Array], Any]  # a value at a site -> a pytree of arrays
+Value = TypeVar("Value")
+Reducer = Callable[[Any], Any]  # a value at a site -> a pytree of arrays
 Wanted = Mapping[str, Reducer]
 
 NOTHING: Wanted = MappingProxyType({})
@@ -55,7 +56,7 @@ def collect(wanted: Wanted) -> Iterator[dict[str, Any]]:
         _collector.reset(token)
 
 
-def tap(name: str, x: Array) -> Array:
+def tap(name: str, x: Value) -> Value:
     """Offers the value `x` of the site `name` to whoever collects; returns `x`."""
     if (collector := _collector.get()) is not None:
         wanted, found = collector

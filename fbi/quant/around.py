@@ -75,7 +75,7 @@ def rank_one(magnitude: Float[Array, "i o"], rounds: int = 8) -> tuple[Float[Arr
     tiny = jnp.finfo(magnitude.dtype).tiny
     top = jnp.max(magnitude, keepdims=True) + tiny  # products of very large or small entries leave the float range
     scaled = magnitude / top
-    right = jnp.mean(scaled, 0, keepdims=True) + 1e-30
+    left, right = jnp.ones_like(scaled[:, :1]), jnp.mean(scaled, 0, keepdims=True) + 1e-30
     for _ in range(rounds):
         right = right / (jnp.sqrt(jnp.sum(jnp.square(right), keepdims=True)) + tiny)
         left = jnp.sum(scaled * right, 1, keepdims=True)
@@ -111,8 +111,10 @@ def scale_experts(experts: int) -> Around:
 
     def pre(x: Float[Array, "... i"], params: QParams) -> tuple[Float[Array, "... i"], Memo]:
         wide = _wide(x)
-        logits = jnp.dot(wide, params["gate"].astype(wide.dtype))
-        shares = jax.nn.softmax(logits, axis=-1)
+        gate = params["gate"].astype(wide.dtype)
+        # Sums, not a product of matrices: the inputs of a row-parallel layer are split over devices.
+        logits = [jnp.sum(wide * _row(gate[:, k : k + 1].T, wide), -1, keepdims=True) for k in range(experts)]
+        shares = jax.nn.softmax(jnp.concatenate(logits, -1), axis=-1)
         return (wide * mixed(shares, params["into"])).astype(x.dtype), shares
 
     def post(y: Float[Array, "... o"], params: QParams, memo: Memo) -> Float[Array, "... o"]:

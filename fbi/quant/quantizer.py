@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from fbi.quant.around import NOTHING, Around
 from fbi.quant.field import Field
-from fbi.quant.grid import Grid
+from fbi.quant.grid import Grid, Stochastic
 from fbi.quant.scale import QParams, Scale
 from fbi.quant.ste import Ctx, straight_through
 from fbi.quant.surrogate import Surrogate
@@ -75,6 +75,8 @@ class Quantizer(NamedTuple):
     """Whether the contraction axis must lie whole on a device: blocks are rotated along it, or it is sorted."""
     turned: "tuple[Transform, Quantizer] | None" = None
     """A basis in which the product may be formed instead, and the quantizer whose output stays in it."""
+    draws: bool = False
+    """Whether it rounds at random where the context has a key."""
     weigh: Callable[..., Array] | None = None
     """(scores, allowed, qparams, ctx) -> attention weights, of a method that takes the place of the softmax."""
 
@@ -158,7 +160,7 @@ def compose(
     if back and transform.mixes:
         arguments = {"scale": scale, "grid": grid, "surrogate": surrogate, "axis": axis, "around": around}
         turned = (transform, compose(**arguments, transform=transform, back=False, whole=whole))
-    return Quantizer(init, apply, encode, bits, around, whole or transform.mixes, turned)
+    return Quantizer(init, apply, encode, bits, around, whole or transform.mixes, turned, isinstance(grid, Stochastic))
 
 
 def paired(weight: Quantizer, activation: Quantizer) -> tuple[Quantizer, Quantizer]:

@@ -23,6 +23,7 @@ from fbi.loss import Loss
 from fbi.model import Model, Params
 from fbi.model.config import check as check_model
 from fbi.model.decoder import segments
+from fbi.optim.groups import is_scale
 from fbi.policy import NONE, Methods
 from fbi.train import mesh as meshes
 from fbi.train.checkpoint import Checkpoints
@@ -266,13 +267,14 @@ def scale_rows(model: Model, params: Params, step: int) -> list[dict[str, Any]]:
         flat, _ = jax.tree_util.tree_flatten_with_path(params[f"layers_{start}_{stop}"])
         for path, leaf in flat:
             names = [entry.key for entry in path]
-            if len(names) < 2 or names[-2] != "q" or names[-1] == "w":  # the weight of the site `attn.q`
+            if not is_scale(path):
                 continue
+            operand = {"q": "", "a": "activation.", "r": "around."}[names[-2]]
             whole = jax.sharding.reshard(leaf, jax.P(*[None] * leaf.ndim))
             for layer, numbers in enumerate(np.asarray(_statistics(whole)).tolist(), start):
                 site = f"layers.{layer}.{'.'.join(names[:-2])}"
                 row = rows.setdefault(site, {"kind": "scales", "step": step, "site": site})
-                row[names[-1]] = dict(zip(("mean", "std", "min", "max"), numbers, strict=True))
+                row[operand + names[-1]] = dict(zip(("mean", "std", "min", "max"), numbers, strict=True))
     return [rows[site] for site in sorted(rows, key=_by_layer)]
 
 

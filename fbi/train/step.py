@@ -46,6 +46,14 @@ def documents_of(inputs: Int[Array, "b t"], separator: int | None) -> Int[Array,
     return None if separator is None else jnp.cumsum(inputs == separator, axis=1)
 
 
+def context(model: Model, progress: Float[Array, ""], tokens: Int[Array, "b t"]) -> Ctx:
+    """What quantizers may know in a step: progress, and for stochastic rounding a key made of it and of the batch."""
+    if not model.draws:
+        return Ctx(progress)
+    step = jax.lax.bitcast_convert_type(progress.astype(jnp.float32), jnp.uint32)
+    return Ctx(progress, jax.random.fold_in(jax.random.key(step), jnp.sum(tokens)))
+
+
 def make_objective(
     loss: Loss, *, teacher: Model | None = None, parts: int = 1, separator: int | None = None
 ) -> Objective:
@@ -59,7 +67,7 @@ def make_objective(
     ) -> tuple[Array, dict[str, Array]]:
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         documents = documents_of(inputs, separator)
-        logits, features = model.features(params, inputs, documents, Ctx(progress), loss.features)
+        logits, features = model.features(params, inputs, documents, context(model, progress, tokens), loss.features)
         taught, known = None, {}
         if teacher is not None:
             taught, known = teacher.features(teacher_params or {}, inputs, documents, wanted=loss.features)

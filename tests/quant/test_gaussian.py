@@ -121,4 +121,4 @@ def test_the_quantizers_reach_the_errors_on_quantiles_of_a_normal(text, golden):
     role = "activation" if text == "bitnet-a4" else "weight"
     x = jnp.asarray(z[None] if role == "activation" else z[:, None], jnp.float32)
     relative = float(jnp.sum((quantizer(text, role).apply(x) - x) ** 2) / jnp.sum(x**2))
-    assert relative == pytest.approx(golden, rel=6e-3)
+    assert relative == pytest.approx(golden, rel=8e-3)

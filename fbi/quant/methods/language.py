@@ -8,7 +8,8 @@ from jaxtyping import Array, Float
 
 from fbi.quant.field import Affine, Field
 from fbi.quant.grid import Binary, HalfIntegers, Integers
-from fbi.quant.methods.baselines import LowBits, absmax, elastic_sign
+from fbi.quant.methods.baselines import LowBits, absmax
+from fbi.quant.methods.learned import elastic_sign
 from fbi.quant.quantizer import Quantizer, compose
 from fbi.quant.registry import BOTH, CONTRACTION_AXIS, WEIGHT, Choices, method
 from fbi.quant.scale import (

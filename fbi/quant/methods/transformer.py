@@ -88,7 +88,7 @@ def bibert(role: str, *, normalize: bool = False) -> Quantizer:
     def weigh(scores: Float[Array, "*s"], allowed: Bool[Array, "*s"], qparams: QParams, ctx: Ctx) -> Float[Array, "*s"]:
         del qparams
         # (sign + 1) / 2 in {0, 1}: the boolean of eq. 7, its gradient that of the sign within 1.
-        chosen = jnp.where(allowed, (straight_through(Binary(), Clip(), scores, ctx) + 1) / 2, 0)
+        chosen = jnp.where(allowed, (jnp.asarray(straight_through(Binary(), Clip(), scores, ctx)) + 1) / 2, 0)
         if not normalize:
             return chosen
         return chosen / jnp.maximum(jax.lax.stop_gradient(jnp.sum(chosen, -1, keepdims=True)), 1)
