@@ -267,8 +267,8 @@ PRESETS: dict[str, str] = {
     "bitnet-b1": _BLOCK.replace("{m}", "w=bitnet-b1;a=bitnet-b1"),
     # BitNet a4.8 (2411.04965), second stage: 4 bits into attention and MLP, the larger half of 8 bits into the output
     # projection, 8 bits into the down projection; with ReLU²-GLU (model.activation=relu2).
-    "bitnet-a48": "layers.*.attn.{q,k,v}: w=bitnet-b158;a=bitnet-a4 | layers.*.mlp.{gate,up}: w=bitnet-b158;a=bitnet-a4 "
-    "| layers.*.attn.o: w=bitnet-b158;a=bitnet-topk | layers.*.mlp.down: w=bitnet-b158;a=absmax:bits=8",
+    "bitnet-a48": "layers.*.{attn.q,attn.k,attn.v,mlp.gate,mlp.up}: w=bitnet-b158;a=bitnet-a4 | "
+    "layers.*.attn.o: w=bitnet-b158;a=bitnet-topk | layers.*.mlp.down: w=bitnet-b158;a=absmax:bits=8",
     # BitNet v2 (2504.18415), second stage: 4 bits everywhere, rotated into output and down projections.
     "bitnet-v2": "layers.*.{attn.o,mlp.down}: w=bitnet-b158;a=bitnet-v2 | "
     + _BLOCK.replace("{m}", "w=bitnet-b158;a=bitnet-a4"),

@@ -159,7 +159,7 @@ def test_malformed_text_is_refused(text, says):
         ("layers.0}: w=fbi", "unbalanced or nested braces"),
         ("layers.{0,{1}}.*: w=fbi", "unbalanced or nested braces"),
         ("layers.*: a=fbi", "method 'fbi' cannot take the role activation; methods that can: absmax"),
-        ("layers.*: w=absmax:bits=9", "bits=9 is out of range; allowed: 2 to 8"),
+        ("layers.*: w=absmax:bits=9", "allowed: 2|3|4|5|6|7|8"),
         ("*.kv: w=fbi", "kv has no weight of its own; give a, not w"),
         ("embed: a=absmax", "embed multiplies no activation; give w, not a"),
         ("*: w=fbi", "the embedding keeps no learned scales, as fbi has; put the rule 'embed: w=none' before it"),

@@ -20,8 +20,6 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from jaxtyping import Array
-
 from fbi.errors import unknown
 from fbi.model.config import ModelConfig, linear_shapes
 from fbi.policy import glob_pattern
@@ -37,7 +35,7 @@ OPERANDS = ("attn.kv", "attn.qk")
 _collector: ContextVar[tuple[Wanted, dict[str, Any]] | None] = ContextVar("collector", default=None)
 
 
-def identity(x: Array) -> Array:
+def identity(x: Value) -> Value:
     """The reducer that keeps the value as it is."""
     return x
 

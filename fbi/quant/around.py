@@ -54,7 +54,7 @@ def prelu_shifted() -> Around:
 
     def init(w: Float[Array, "i o"], key: Array) -> QParams:
         del key
-        row = jnp.zeros_like(w, shape=(1, w.shape[1]), dtype=_wide(w[:1]).dtype)
+        row = jnp.zeros((1, w.shape[1]), jnp.promote_types(w.dtype, jnp.float32))
         return {"gamma": row, "zeta": row, "slope": row + 0.25}
 
     def post(y: Float[Array, "... o"], params: QParams, memo: Memo) -> Float[Array, "... o"]:
@@ -75,7 +75,7 @@ def rank_one(magnitude: Float[Array, "i o"], rounds: int = 8) -> tuple[Float[Arr
     tiny = jnp.finfo(magnitude.dtype).tiny
     top = jnp.max(magnitude, keepdims=True) + tiny  # products of very large or small entries leave the float range
     scaled = magnitude / top
-    left, right = jnp.ones_like(scaled[:, :1]), jnp.mean(scaled, 0, keepdims=True) + 1e-30
+    left, right = jnp.sum(scaled, 1, keepdims=True), jnp.mean(scaled, 0, keepdims=True) + 1e-30
     for _ in range(rounds):
         right = right / (jnp.sqrt(jnp.sum(jnp.square(right), keepdims=True)) + tiny)
         left = jnp.sum(scaled * right, 1, keepdims=True)

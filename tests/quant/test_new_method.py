@@ -30,8 +30,8 @@ def mine():
 def test_the_guides_method_works_as_text_codes_bits_gradients_and_in_a_model(mine):
     x = jax.random.normal(jax.random.key(0), (64, 8))
     q = fbi.quantizer("mine:width=1.0")
-    rms = np.sqrt(np.mean(np.asarray(x) ** 2, 0))
-    np.testing.assert_allclose(q.apply(x), rms * np.clip(np.round(x / rms), -1, 1), rtol=1e-5)
+    rms = np.sqrt(np.mean(np.asarray(x) ** 2, 0, keepdims=True))
+    np.testing.assert_allclose(q.apply(x), rms * np.clip(np.round(np.asarray(x) / rms), -1, 1), rtol=1e-5)
     assert np.asarray(jax.jit(decode)(jax.jit(q.encode)(x))).tobytes() == np.asarray(jax.jit(q.apply)(x)).tobytes()
     assert q.bits((64, 8)).stored == -(-64 * 8 // 5) + 4 * 8
     np.testing.assert_allclose(jax.grad(lambda x: jnp.sum(q.apply(x)))(x), np.abs(x) <= rms, rtol=1e-5)
