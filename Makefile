@@ -40,7 +40,7 @@ methods-doc: install
 	$(BIN)/python -m fbi.quant.catalogue > docs/methods.md
 
 notebook: install
-	$(BIN)/jupytext --to ipynb --execute --output .cache/01_quantizers.ipynb notebooks/01_quantizers.py
+	$(BIN)/jupytext --to ipynb --set-kernel python3 --execute --output .cache/01_quantizers.ipynb notebooks/01_quantizers.py
 	$(BIN)/jupyter nbconvert --to html --output-dir docs --output 01_quantizers .cache/01_quantizers.ipynb
 
 clean:

@@ -48,7 +48,7 @@ for row, text in enumerate(texts):
     levels = np.unique(np.asarray(fbi.quantizer(text).apply(normal)).round(5))
     ax.plot(levels, np.full(len(levels), 0.03 + 0.055 * row), "|", markersize=14, markeredgewidth=2, label=text)
 ax.set(xlabel="value", ylabel="density", xlim=(-3.6, 3.6))
-ax.legend(fontsize=7, loc="upper right")
+ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 # %% [markdown]
 # ## Error against bits, on normal numbers and on trained weights
@@ -65,7 +65,7 @@ from fbi.train.run import Execution, Run
 root = Path(tempfile.mkdtemp())
 quiet = Execution(eval_every=0, log_every=20, checkpoint_every=1000, line_every=1e9)
 data = DataConfig(window=64, batch=8)
-full = Run(name="full precision", policy="fp", data=data, steps=60)
+full = Run(name="full precision", policy="fp", data=data, steps=40)
 fbi.train(full, root / "fp", quiet)
 model, params, _ = fbi.load(root / "fp")
 trained = params["layers_0_2"]["mlp"]["up"]["w"][0]
@@ -177,7 +177,7 @@ ax.set(xlabel="step", ylabel="training loss, nats/token")
 ax.legend(fontsize=8)
 
 # %% [markdown]
-# Sixty steps order nothing; `make methods-table` trains every method for 300 and `docs/methods.md` lists their choices.
+# Forty steps order nothing; `make methods-table` trains every method for 300 and `docs/methods.md` lists their choices.
 # A schedule reads progress from the context, without compiling anew:
 
 # %%
