@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Integer, UInt8
 
 from fbi.errors import InputError
 from fbi.quant.grid import Grid
+from fbi.quant.select import kth_largest
 
 GROUP, KEPT = 4, 2  # pairs in a group of eight, and how many of them stay: the hardware's 4:8 in pairs
 SUBSETS = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]  # of the pairs that stay, by number
@@ -130,8 +131,7 @@ class TopShare(Grid):
         """Those of the base where an entry is among the largest, zero elsewhere."""
         magnitude = jnp.abs(jax.lax.stop_gradient(units))
         width = units.shape[self.axis]
-        least = width - max(round(self.share * width), 1)
-        threshold = jnp.expand_dims(jnp.take(jnp.sort(magnitude, self.axis), least, self.axis), self.axis)
+        threshold = kth_largest(magnitude, max(round(self.share * width), 1), self.axis)
         return jnp.where(magnitude >= threshold, self.base.codes(units), jnp.zeros((), units.dtype))
 
     def level(self, codes: Float[Array, "*s"]) -> Float[Array, "*s"]:

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fbi.analysis.activations import activation_statistics, largest
+from fbi.analysis.activations import activation_statistics
+from fbi.quant.select import kth_largest
 
 
 def test_a_single_outlier():
@@ -51,10 +52,10 @@ def test_a_gaussian():
 def test_the_kth_largest_is_that_of_sorting_also_when_sharded(k):
     x = jnp.abs(jax.random.normal(jax.random.key(1), (8, 8))) * jnp.float32(1e-20)
     expected = np.sort(np.asarray(x).ravel())[-k]
-    assert float(largest(x, k)) == expected
+    assert float(kth_largest(x, k)) == expected
     with jax.set_mesh(jax.make_mesh((4, 2), ("data", "model"))):
         placed = jax.device_put(x, jax.P("data", "model"))
-        assert float(jax.jit(largest, static_argnums=1)(placed, k)) == expected
+        assert float(jax.jit(kth_largest, static_argnums=1)(placed, k)) == expected
 
 
 def test_a_stack_of_sharded_activations_gives_what_each_gives_alone():

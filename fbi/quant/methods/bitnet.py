@@ -145,9 +145,7 @@ def bitnet_topk(role: str, *, bits: Bits = 8, share: float = 0.5) -> Quantizer:
         raise InputError(f"bitnet-topk:share={share} must be above 0 and at most 1")
     axis, top = CONTRACTION_AXIS[role], 2 ** (bits - 1) - 1
     grid = TopShare(Integers(-top - 1, top), share, axis)
-    return compose(
-        scale=statistic(max_abs, "output", axis, top=top), grid=grid, surrogate=identity, axis=axis, whole=True
-    )
+    return compose(scale=statistic(max_abs, "output", axis, top=top), grid=grid, surrogate=identity, axis=axis)
 
 
 @method(
