@@ -70,7 +70,7 @@ def medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
 def torch_call(bits: int) -> Callable[[], Any] | None:
     """QuEST's published formulation of the same layer in PyTorch, forward and backward; None without torch."""
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     from fbi.quant.gaussian import PUBLISHED
@@ -106,11 +106,11 @@ def step_call(policy: str) -> Callable[[], Any]:
     """A whole training step of `nano` under a policy, 32 x 128 tokens."""
     import optax
 
-    import fbi
     from fbi.loss import Loss
+    from fbi.model import build
     from fbi.train.step import init_state, make_step
 
-    model = fbi.model.build("nano", policy)
+    model = build("nano", policy)
     tx = optax.adam(1e-3)
     mesh = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
