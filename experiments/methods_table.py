@@ -49,7 +49,9 @@ def methods() -> list[Method]:
     for name, entry in REGISTRY.items():
         bits = listed(entry.options["bits"]) if "bits" in entry.options else (None,)
         found += [Method(name) if b is None else Method(name, bits=b) for b in bits]
-    return sorted(found, key=lambda m: dict(m.options).get("bits") in (5, 6, 7))  # the widths that tell most come first
+    usual = lambda m: {"bits": REGISTRY[m.name].options["bits"].default} if m.options else {}  # noqa: E731
+    # Each method at its usual width comes first, the widths that tell least come last.
+    return sorted(found, key=lambda m: (dict(m.options) != usual(m), dict(m.options).get("bits") in (5, 6, 7)))
 
 
 def runs(steps: int = 300) -> list[Run]:
@@ -86,13 +88,23 @@ def table(root: Path, wanted: list[Run]) -> str:
     return "\n".join(lines) + "\n"
 
 
+MARK = "<!-- table -->\n"
+
+
+def put(path: Path, text: str) -> None:
+    """Writes the table into a file: between its two marks where it has them, so that the remarks around it stay."""
+    parts = path.read_text().split(MARK) if path.exists() else []
+    before, after = (parts[0], parts[2]) if len(parts) == 3 else ("", "")
+    write_text(path, f"{before}{MARK}{text}{MARK}{after}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Trains what is not finished, one after the other, and writes the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
     parser.add_argument("--only", default="*", help="glob over run names, such as 'quest*'")
     parser.add_argument("--root", type=Path, default=Path("runs/methods"), help="where the run directories lie")
-    parser.add_argument("--out", type=Path, help="Markdown file for the table; standard output has it anyway")
+    parser.add_argument("--out", type=Path, help="Markdown file that gets the table, between its marks")
     parser.add_argument("--share", default="1/1", help="K/N: only every N-th run from the K-th, for N processes")
     options = parser.parse_args(arguments)
     first, every = (int(part) for part in options.share.split("/"))
@@ -110,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     text = table(options.root, chosen)
     print(text)
     if options.out:
-        write_text(options.out, text)
+        put(options.out, text)
     return 1 if failed else 0
 
 
