@@ -78,7 +78,8 @@ def table(root: Path, wanted: list[Run]) -> str:
             done, summary = read_json(directory / "done.json"), read_json(directory / "summary.json")
             entry = REGISTRY[Method.parse(run.name).name]
             operands = "+".join(role[0].upper() for role in entry.roles)
-            rows.append((done["loss"], run, operands, summary["paper_bits_per_weight"], entry.choices.grid))
+            grid = entry.choices.grid.replace("|", "\\|")
+            rows.append((done["loss"], run, operands, summary["paper_bits_per_weight"], grid))
     rows.sort(key=lambda row: row[0])
     full = next((loss for loss, run, *_ in rows if run.name == "none"), None)
     lines = ["| method | on | paper bits | grid | nats/token | over full precision |", "|---|---|---|---|---|---|"]
