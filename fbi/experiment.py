@@ -1,19 +1,29 @@
-"""Runs as values: single fields replaced, a shrunken copy that ends in seconds, a chain of runs that teach the next."""
+"""Runs as values: fields replaced, grids and ladders of runs, a shrunken copy, a chain of runs that teach the next.
+
+A sweep is a list of runs made by these functions, each of which takes runs and returns runs:
+
+    runs = grid(Run(name="w1"), {"policy": ["fbi", "bitnet-b158"], "optimizer.lr": [1e-3, 3e-3]})
+    runs = seeds(runs, 3)     # w1-fbi-0.001-s0, w1-fbi-0.001-s1, ...
+"""
 
 import dataclasses
+import itertools
+import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from fbi.errors import InputError, unknown
 from fbi.model.config import ModelConfig, preset
+from fbi.train.run import Config, Run, convert
 from fbi.train.run import Execution as Execution
-from fbi.train.run import Run, convert
+
+Values = Sequence[Any] | Mapping[str, Any]  # of one field; a mapping gives each its label
 
 
-def overlay(run: Run, assignments: Iterable[str]) -> Run:
-    """The run with fields replaced, given as `data.batch=8`; `model=micro` takes a preset.
+def overlay(config: Config, assignments: Iterable[str]) -> Config:
+    """The config (of a run, a launcher, ...) with fields replaced, given as `data.batch=8`; `model=micro`: a preset.
 
     Raises `InputError` for a field that does not exist (listing those that do) or a value of the wrong type.
     """
@@ -21,25 +31,118 @@ def overlay(run: Run, assignments: Iterable[str]) -> Run:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise InputError(f"--set {assignment!r} is not FIELD=VALUE, as in --set data.batch=8")
-        run = _replace(run, path.strip().split("."), text.strip(), path.strip())
+        path, text = path.strip(), text.strip()
+        config = _replace(config, path.split("."), path, lambda hint, path, text=text: _parse(hint, text, path))
+    return config
+
+
+def replace(run: Run, fields: Mapping[str, Any]) -> Run:
+    """The run with fields replaced by values, given as `{"data.batch": 8, "model": "micro"}`; errors as `overlay`."""
+    for path, value in fields.items():
+        run = _replace(run, path.split("."), path, lambda hint, path, value=value: _typed(hint, value, path))
     return run
 
 
-def _replace(config: Any, names: list[str], text: str, path: str) -> Any:
+def grid(runs: Run | Sequence[Run], axes: Mapping[str, Values]) -> list[Run]:
+    """Every run with every combination of the fields' values; names gain a label for each field with several values.
+
+    `grid(base, {"policy": ["fp", "fbi"], "optimizer.lr": {"low": 1e-3, "high": 3e-3}})` gives four runs, `fp-low` and
+    on. A label is the value as text, or the key where the values are a mapping.
+    """
+    chosen = [[(path, label, value) for label, value in _labelled(values)] for path, values in axes.items()]
+    return [
+        _named(replace(run, {path: value for path, _, value in point}),
+               [label for (_, label, _), options in zip(point, chosen, strict=True) if len(options) > 1])
+        for run in _several(runs)
+        for point in itertools.product(*chosen)
+    ]  # fmt: skip
+
+
+def zipped(runs: Run | Sequence[Run], axes: Mapping[str, Values]) -> list[Run]:
+    """Every run with the first value of every field, then with the second, ...; labels are those of the first field.
+
+    `InputError` where the fields have unlike numbers of values.
+    """
+    if len(lengths := {path: len(values) for path, values in axes.items()}) and len(set(lengths.values())) > 1:
+        raise InputError(f"zipped fields need equally many values each, not {lengths}; use grid for all combinations")
+    points = zip(*([(path, label, value) for label, value in _labelled(v)] for path, v in axes.items()), strict=True)
+    steps = list(points)
+    return [
+        _named(replace(run, {path: value for path, _, value in step}), [step[0][1]])
+        for run in _several(runs)
+        for step in steps
+    ]
+
+
+def seeds(runs: Run | Sequence[Run], count: int | Sequence[int]) -> list[Run]:
+    """Every run with each seed, of its start and of its data order alike; names gain `-s0`, `-s1`, ...
+
+    Runs of one seed are pairs: they see the same batches, so that their difference has less spread than their losses.
+    A teacher or start named in the sweep (`@NAME`) is the one of the same seed where its name holds `{seed}`.
+    """
+    chosen = range(count) if isinstance(count, int) else count
+    return [
+        dataclasses.replace(
+            run,
+            name=f"{run.name}-s{seed}",
+            seed=seed,
+            data=dataclasses.replace(run.data, seed=seed),
+            teacher=run.teacher.replace("{seed}", str(seed)),
+            start=run.start.replace("{seed}", str(seed)),
+        )
+        for run in _several(runs)
+        for seed in chosen
+    ]
+
+
+def ladder(runs: Run | Sequence[Run], sizes: Mapping[str, Mapping[str, Any]]) -> list[Run]:
+    """Every run at every size: `{"30m": {"model": "quest-30m", "steps": 11_444}, ...}`; names gain the size's."""
+    return [_named(replace(run, fields), [size]) for run in _several(runs) for size, fields in sizes.items()]
+
+
+def _several(runs: Run | Sequence[Run]) -> Sequence[Run]:
+    return [runs] if isinstance(runs, Run) else runs
+
+
+def _labelled(values: Values) -> list[tuple[str, Any]]:
+    pairs = values.items() if isinstance(values, Mapping) else [(str(value), value) for value in values]
+    return [(slug(label), value) for label, value in pairs]
+
+
+def _named(run: Run, labels: Sequence[str]) -> Run:
+    """The run with labels added to its name; the placeholder name of `Run()` gives way to them."""
+    first = [run.name] if run.name and run.name != Run().name else []
+    return dataclasses.replace(run, name="-".join([*first, *labels]) or run.name)
+
+
+def slug(text: str) -> str:
+    """`text` as part of a file name: letters, digits, `.`, `_` and `-`."""
+    return re.sub(r"[^\w.]+", "-", text, flags=re.ASCII).strip("-.")
+
+
+def _replace(config: Any, names: list[str], path: str, value: typing.Callable[[Any, str], Any]) -> Any:
+    """`config` with the field that `names` lead to replaced by `value(type of the field, path)`."""
     hints = typing.get_type_hints(type(config))
     name, rest = names[0], names[1:]
     if name not in hints:
         prefix = path.rsplit(".", len(names) - 1)[0].rpartition(".")[0] if len(path.split(".")) > len(names) else ""
         raise unknown("field", path, [f"{prefix}.{h}" if prefix else h for h in hints])
-    hint, value = hints[name], getattr(config, name)
+    hint, held = hints[name], getattr(config, name)
     if rest:
-        if not dataclasses.is_dataclass(value):
-            raise InputError(f"--set {path}: {name} is a single value, it has no field {'.'.join(rest)}")
-        return dataclasses.replace(config, **{name: _replace(value, rest, text, path)})
-    return dataclasses.replace(config, **{name: _value(hint, text, path)})
+        if not dataclasses.is_dataclass(held):
+            raise InputError(f"{path}: {name} is a single value, it has no field {'.'.join(rest)}")
+        return dataclasses.replace(config, **{name: _replace(held, rest, path, value)})
+    return dataclasses.replace(config, **{name: value(hint, path)})
 
 
-def _value(hint: Any, text: str, path: str) -> Any:
+def _typed(hint: Any, value: Any, path: str) -> Any:
+    """A value as the field's type: dataclasses stay as they are, presets may be named."""
+    if isinstance(value, str) and hint is ModelConfig:
+        return preset(value)
+    return value if dataclasses.is_dataclass(value) and type(value) is hint else convert(hint, value, path)
+
+
+def _parse(hint: Any, text: str, path: str) -> Any:
     if hint is ModelConfig:
         return preset(text)
     if dataclasses.is_dataclass(hint):

@@ -31,7 +31,7 @@ from fbi.train.load import build_model, check_teacher, load_teacher, starting_pa
 from fbi.train.loop import Loop
 from fbi.train.progress import Reporter
 from fbi.train.run import Execution, Run
-from fbi.train.rundir import Metrics, begin, environment, locked, take_back
+from fbi.train.rundir import Metrics, begin, environment, located, locked, take_back
 from fbi.train.step import State, abstract_state, documents_of, make_objective, make_step
 
 STEPS = 1 << 31  # the optimizer counts them in 32 bits
@@ -149,9 +149,9 @@ def _prepare(run: Run, execution: Execution) -> Windows:
 
 
 def _train(run: Run, directory: Path, execution: Execution) -> Result:
-    sizes = meshes.parse(execution.mesh, jax.device_count())
+    sizes, given = meshes.parse(execution.mesh, jax.device_count()), located(run, directory)
     if run.teacher:
-        meshes.check(sizes, check_teacher(run).model, run.data.batch, execution.accumulate, "teacher")
+        meshes.check(sizes, check_teacher(given).model, run.data.batch, execution.accumulate, "teacher")
     windows = _prepare(run, execution)
     model, loss = build_model(run, execution), Loss.parse(run.loss)
     tx = optim.build(run.optimizer, run.steps)
@@ -159,7 +159,7 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
     mesh = meshes.make(sizes)
     separator = windows.tokenizer.separator if run.data.mask_documents else None
     with jax.set_mesh(mesh):
-        teacher, teacher_params = load_teacher(run, windows.tokenizer) if run.teacher else (None, None)
+        teacher, teacher_params = load_teacher(given, windows.tokenizer) if run.teacher else (None, None)
         write_json(directory / "env.json", environment(execution))
         write_json(directory / "summary.json", summarize(model, windows))
         windows.tokenizer.save(directory / "tokenizer.json")
@@ -169,7 +169,7 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
         stream = windows.stream("validation")
 
         def fresh() -> State:
-            params = starting_params(run, model, lambda: meshes.put_batch(batches(()).batch_at(0), mesh)[:, :-1])
+            params = starting_params(given, model, lambda: meshes.put_batch(batches(()).batch_at(0), mesh)[:, :-1])
             return {"params": params, "opt": jax.jit(tx.init)(params)}
 
         def batches(skipped: tuple[tuple[int, int], ...]) -> Batches:

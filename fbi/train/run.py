@@ -39,9 +39,9 @@ class Run:
     loss: str = "ce"
     """ce, ad, kl, rkl, cakld, hidden, dmd, or a weighted sum such as '0.3*ce + 0.7*ad:temperature=2'; mix."""
     teacher: str = ""
-    """Run directory of the teacher, where the loss needs one."""
+    """Run directory of the teacher, where the loss needs one; ../NAME is beside the run's own directory."""
     start: str = ""
-    """Where the weights start: '' at random, a run directory, 'smollm2-135m', or a folder of safetensors."""
+    """Where the weights start: '' at random, a run directory (as for teacher), 'smollm2-135m', or safetensors."""
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     guard: GuardConfig = GuardConfig()

@@ -1,6 +1,7 @@
 """A run directory: config.json, env.json, metrics.jsonl, checkpoints/, tokenizer.json, summary.json, done.json."""
 
 import contextlib
+import dataclasses
 import fcntl
 import importlib.metadata
 import json
@@ -69,6 +70,13 @@ def parse_config(data: Any, where: str) -> Run:
         return from_json(Run, data["run"])
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
+
+
+def located(run: Run, directory: Path) -> Run:
+    """The run with a teacher or start given as `../NAME`, beside its own directory, as a path from here."""
+    here = {name: getattr(run, name) for name in ("teacher", "start")}
+    there = {name: str(directory.absolute().parent / text[3:]) for name, text in here.items() if text.startswith("../")}
+    return dataclasses.replace(run, **there)
 
 
 def begin(directory: Path, run: Run) -> bool:

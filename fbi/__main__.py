@@ -1,0 +1,5 @@
+"""`python -m fbi`, the same as `fbi`."""
+
+from fbi.cli import entry
+
+entry()
