@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from fbi import cli_sweep, console
+from fbi import cli_report, cli_sweep, console
 from fbi.errors import InputError
 from fbi.train.run import Execution
 
@@ -282,6 +282,7 @@ def show(directory: RunDirectory, picture: str = "curves.png") -> None:
 COMMANDS = {
     "demo": demo, "data": data, "train": train, "eval": evaluate, "generate": generate,
     "sweep": cli_sweep.sweep, "status": cli_sweep.status, "stop": cli_sweep.stop, "retry": cli_sweep.retry,
+    "table": cli_report.table, "plot": cli_report.plot, "report": cli_report.report,
     "methods": methods, "policy": policy, "cost": cost, "models": models, "show": show,
 }  # fmt: skip
 

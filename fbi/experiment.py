@@ -8,6 +8,7 @@ A sweep is a list of runs made by these functions, each of which takes runs and 
 
 import dataclasses
 import itertools
+import math
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from fbi.errors import InputError, unknown
-from fbi.model.config import ModelConfig, preset
+from fbi.model.config import ModelConfig, count_parameters, preset
 from fbi.train.run import Config, Run, convert
 from fbi.train.run import Execution as Execution
 
@@ -95,9 +96,26 @@ def seeds(runs: Run | Sequence[Run], count: int | Sequence[int]) -> list[Run]:
     ]
 
 
-def ladder(runs: Run | Sequence[Run], sizes: Mapping[str, Mapping[str, Any]]) -> list[Run]:
-    """Every run at every size: `{"30m": {"model": "quest-30m", "steps": 11_444}, ...}`; names gain the size's."""
-    return [_named(replace(run, fields), [size]) for run in _several(runs) for size, fields in sizes.items()]
+def variants(runs: Run | Sequence[Run], named: Mapping[str, Mapping[str, Any]]) -> list[Run]:
+    """Every run in each variant: `{"ad": {"loss": "ad", "teacher": "@fp"}, ...}`; names gain the variant's."""
+    return [_named(replace(run, fields), [slug(name)]) for run in _several(runs) for name, fields in named.items()]
+
+
+def ladder(runs: Run | Sequence[Run], models: Mapping[str, ModelConfig], tokens_per_parameter: float) -> list[Run]:
+    """Every run at every size, each trained on as many tokens per non-embedding parameter; names gain the size's.
+
+    Steps are rounded up. `InputError` for a ratio that is not above 0.
+    """
+    if not tokens_per_parameter > 0:
+        raise InputError(f"tokens_per_parameter is {tokens_per_parameter}; it must be above 0, such as 20")
+    return [
+        _named(
+            dataclasses.replace(run, model=model, steps=math.ceil(tokens / (run.data.batch * run.data.window))), [size]
+        )
+        for run in _several(runs)
+        for size, model in models.items()
+        for tokens in [tokens_per_parameter * count_parameters(model).non_embedding]
+    ]
 
 
 def _several(runs: Run | Sequence[Run]) -> Sequence[Run]:

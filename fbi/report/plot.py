@@ -1,59 +1,50 @@
 """Pictures of runs, as PNG, PDF or SVG by the suffix of the path. Each function also returns its figure."""
 
-import io
 import itertools
 import math
 import os
 import re
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
 
 from fbi.errors import InputError
-from fbi.files import make_directory
+from fbi.report.figure import GREY, MARKERS, new_figure, save, short, style
 from fbi.report.runs import Row, RunRecord, number, points
-
-# Okabe and Ito's colours, told apart with any colour vision; markers differ as well
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-GREY = "#555555"
-SUFFIXES = {".png": {"Software": None}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 
 
 def curves(records: Sequence[RunRecord], path: str | os.PathLike[str]) -> Figure:
     """Training loss (raw faint, smoothed strong) and validation of each run, above its teacher's entropy."""
-    figure = _figure(7.2, 4.6)
+    figure = new_figure(7.2, 4.6)
     axes = figure.add_subplot()
     _draw_losses(axes, records)
     handles = _legend(records)
     figure.legend(handles=handles, loc="outside lower center", ncols=_columns(handles, 7.2), frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def scales(records: Sequence[RunRecord], path: str | os.PathLike[str]) -> Figure:
     """Learned alpha and beta of every layer and site, mean and standard deviation, of each run that has them."""
     found = _with_scales(records)
-    figure = _figure(9.6, 0.6 + 3.2 * len(found))
+    figure = new_figure(9.6, 0.6 + 3.2 * len(found))
     for index, record in enumerate(found):
         alpha, beta = (figure.add_subplot(len(found), 2, 2 * index + i) for i in (1, 2))
         _draw_scales(alpha, record, "alpha")
         _draw_scales(beta, record, "beta")
-        alpha.set_title(f"{_short(record.name, 28)}: alpha", loc="left")
-        beta.set_title(f"{_short(record.name, 28)}: beta", loc="left")
+        alpha.set_title(f"{short(record.name, 28)}: alpha", loc="left")
+        beta.set_title(f"{short(record.name, 28)}: beta", loc="left")
     _site_legend(figure, found, 7)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def demo_figure(records: Sequence[RunRecord], path: str | os.PathLike[str]) -> Figure:
     """Losses of all runs beside the scales of the first that learned some; the titles say what to see."""
     record = _with_scales(records)[0]
-    figure = _figure(12.0, 5.8)
+    figure = new_figure(12.0, 5.8)
     grid = GridSpec(1, 2, figure, width_ratios=(7, 5))
     left, right = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     losses = left.add_subplot()
@@ -65,12 +56,12 @@ def demo_figure(records: Sequence[RunRecord], path: str | os.PathLike[str]) -> F
     relative = _draw_scales(alpha, record, "alpha")
     _draw_scales(beta, record, "beta")
     says = "ends at {low:.2f} to {high:.2f} times its start" if relative else "ends at {low:.2g} to {high:.2g}"
-    alpha.set_title(f"Learned scale of {_short(record.name, 24)}: alpha\n{_range(alpha, says)}", loc="left",
+    alpha.set_title(f"Learned scale of {short(record.name, 24)}: alpha\n{_range(alpha, says)}", loc="left",
                     fontsize="medium")  # fmt: skip
     beta.set_title(f"Learned shift: beta {_range(beta, 'ends at {low:.2g} to {high:.2g}')}", loc="left",
                    fontsize="medium")  # fmt: skip
     _site_legend(right, [record], 4)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -80,46 +71,11 @@ def smooth(values: Sequence[float]) -> list[float]:
     return [statistics.fmean(values[index - span : index + span + 1]) for index, span in spans]
 
 
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Figure, path: str | os.PathLike[str]) -> Figure:
-    """Writes the picture whole or not at all."""
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"a picture cannot be {path.name!r}; end its name in one of {', '.join(SUFFIXES)}")
-    out = io.BytesIO()
-    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "fbi"}):  # text stays text; equal runs, equal files
-        suffix = path.suffix.lower()
-        figure.savefig(out, format=suffix[1:], dpi=160, metadata=SUFFIXES[suffix])
-    make_directory(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(out.getvalue())
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return figure
-
-
-def _style(index: int) -> tuple[str, str]:
-    """Colour and marker; no pair comes twice in 49."""
-    turn, place = divmod(index, len(COLOURS))
-    return COLOURS[place], MARKERS[(place + turn) % len(MARKERS)]
-
-
-def _short(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
 def _draw_losses(axes: Axes, records: Sequence[RunRecord]) -> None:
     """Lines have the gid `NAME:raw`, `:train`, `:validation`, `:floor`."""
     drawn: list[float] = []
     for index, record in enumerate(records):
-        colour, marker = _style(index)
+        colour, marker = style(index)
         steps, losses = points(record.train, "loss")
         axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8, gid=f"{record.name}:raw")
         axes.plot(steps, smooth(losses), color=colour, linewidth=1.8, gid=f"{record.name}:train")
@@ -153,9 +109,9 @@ def _legend(records: Sequence[RunRecord]) -> list[Line2D]:
     """Colours say which run, strokes say what of it."""
     handles = []
     for index, record in enumerate(records):
-        colour, marker = _style(index)
+        colour, marker = style(index)
         handles.append(Line2D([], [], color=colour, marker=marker, markeredgecolor="white", linewidth=1.8,
-                              label=_short(record.name, 32)))  # fmt: skip
+                              label=short(record.name, 32)))  # fmt: skip
     if any(points(r.train, "loss")[0] for r in records):
         handles.append(Line2D([], [], color=GREY, linewidth=1.8, label="training loss"))
     if any(points(r.evaluations(), "loss")[0] for r in records):
@@ -180,9 +136,9 @@ def _headline(records: Sequence[RunRecord]) -> str:
     if not ends:
         return "Training loss"
     (low, best), (high, worst) = ends[0], ends[-1]
-    text = f"Held-out text: {_short(best, 32)} ends at {low:.3f} nats/token"
+    text = f"Held-out text: {short(best, 32)} ends at {low:.3f} nats/token"
     if len(ends) > 1:
-        text += f",\n{_short(worst, 32)} at {high:.3f}"
+        text += f",\n{short(worst, 32)} at {high:.3f}"
     if entropies := _entropies(records):
         gap = min(entropies) - high
         text += (", " if len(ends) > 1 else ",\n") + ("all at least " if len(ends) > 1 and gap >= 0 else "")
@@ -230,7 +186,7 @@ def _draw_scales(axes: Axes, record: RunRecord, field: str) -> bool:
         by = {site: unit[site] if relative else 1.0 for site in sites}
         shift = 0.5 * ((index + 0.5) / len(kinds) - 0.5)  # side by side, so that no bar hides another
         place = [layer if (layer := _place(site)[0]) is not None else layers + single.index(site) for site in sites]
-        colour, marker = _style(index)
+        colour, marker = style(index)
         axes.errorbar(
             [x + shift for x in place],
             [(_value(last[site], field, "mean") or 0.0) / by[site] for site in sites],
@@ -264,7 +220,7 @@ def _range(axes: Axes, text: str) -> str:
 def _site_legend(figure: Figure | SubFigure, records: Sequence[RunRecord], columns: int) -> None:
     handles = []
     for index, kind in enumerate(_kinds(records)):
-        colour, marker = _style(index)
+        colour, marker = style(index)
         handles.append(Line2D([], [], color=colour, marker=marker, markersize=5, linewidth=1.0, label=kind))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), columns), frameon=False,
                   fontsize="small", handletextpad=0.4, columnspacing=1.0)  # fmt: skip

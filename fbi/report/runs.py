@@ -25,6 +25,8 @@ class RunRecord:
     rows: Mapping[str, Sequence[Row]]
     done: Row | None
     summary: Row
+    warnings: Sequence[str] = ()
+    """Lines of `metrics.jsonl` that were left out, and why."""
 
     @property
     def name(self) -> str:
@@ -72,7 +74,10 @@ def points(rows: Sequence[Row], field: str) -> tuple[list[int], list[float]]:
 
 
 def read_run(directory: str | os.PathLike[str]) -> RunRecord:
-    """The run in `directory`; an `InputError` where there is none or a file of it is broken."""
+    """The run in `directory`; an `InputError` where there is none or a file of it is broken.
+
+    A damaged line of `metrics.jsonl` is left out, and named in `warnings`.
+    """
     folder = Path(directory)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a directory; name a run directory, which holds config.json")
@@ -88,7 +93,8 @@ def read_run(directory: str | os.PathLike[str]) -> RunRecord:
                          "use the version that wrote it")  # fmt: skip
     env, done, summary = (_mapping(path) if (path := folder / f"{name}.json").exists() else None
                           for name in ("env", "done", "summary"))  # fmt: skip
-    return RunRecord(folder, config["run"], env or {}, _metrics(folder / "metrics.jsonl"), done, summary or {})
+    rows, warnings = _metrics(folder / "metrics.jsonl")
+    return RunRecord(folder, config["run"], env or {}, rows, done, summary or {}, warnings)
 
 
 def find_runs(folder: str | os.PathLike[str]) -> list[Path]:
@@ -121,21 +127,21 @@ def _mapping(path: Path) -> dict[str, Any]:
     return value
 
 
-def _metrics(path: Path) -> dict[str, list[Row]]:
-    """The rows by kind. The last line may be torn by a crash or still be being written: it is left out then."""
+def _metrics(path: Path) -> tuple[dict[str, list[Row]], list[str]]:
+    """The rows by kind, and what was left out. A torn last line is no fault: it may still be being written."""
     try:
         lines = path.read_bytes().split(b"\n") if path.exists() else []
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     rows: dict[str, list[Row]] = {}
+    warnings = []
     for index, line in enumerate(lines):
         if not line.strip():
             continue
         try:
             row = json.loads(line.decode())
             rows.setdefault(row["kind"], []).append(row)
-        except (ValueError, TypeError, KeyError) as error:
-            if index == len(lines) - 1:
-                break
-            raise InputError(f"{path} is damaged: line {index + 1} is no row of metrics; restore or cut it") from error
-    return rows
+        except (ValueError, TypeError, KeyError):
+            if index < len(lines) - 1:
+                warnings.append(f"{path}: line {index + 1} is no row of metrics, left out")
+    return rows, warnings

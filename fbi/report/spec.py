@@ -1,7 +1,7 @@
 """What an experiment wants to know, as data: tables, claims, figures over named runs. Stored beside the runs as JSON.
 
-Runs are chosen by globs over their names (`fbi-ad-s*`); runs whose names differ only in a last `-sN` are seeds of one
-configuration.
+Runs whose names differ only in a last `-sN` are seeds of one configuration; runs are chosen by globs over the names of
+configurations (`fbi-ad`, `quest-w*`).
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class Row:
 
     label: str
     runs: str
-    """Glob over run names."""
+    """The configuration: a glob over names without seeds."""
     published: float | None = None
     """The published value, in the unit of the paper; `source` says where."""
     source: str = ""
@@ -53,9 +53,9 @@ class Claim:
     text: str
     source: str
     low: str
-    """Glob over the runs whose measure should be the lower one."""
+    """The configuration whose measure should be the lower one."""
     high: str
-    """Glob over the runs whose measure should be the higher one."""
+    """The one whose measure should be the higher one."""
     metric: str = "loss"
     kind: Literal["less", "equal"] = "less"
     """less: low < high; equal: they differ by at most `margin`."""
@@ -66,7 +66,7 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A series of a figure: the runs on it and its name in the legend."""
+    """A series of a figure: a glob over configurations, and its name in the legend."""
 
     label: str
     runs: str

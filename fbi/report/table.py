@@ -116,7 +116,7 @@ def _text(cell: Cell, form: str) -> str:
 def _least(column: Column, cells: Sequence[str]) -> int:
     """The least legible width: whole numbers, whole words of the heading, 12 characters of text."""
     longest = max(map(len, cells), default=0)
-    return max(longest if column.form else min(longest, 12), *map(len, column.name.split()))
+    return max([longest if column.form else min(longest, 12), *map(len, column.name.split())])
 
 
 def _latex(text: str) -> str:

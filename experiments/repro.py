@@ -1,0 +1,101 @@
+"""The published claims in miniature: every experiment's small scale, its tables and verdicts kept under docs/results.
+
+Question: which claims of FBI-LLM, QuEST and BitNet hold at half a million parameters, with three paired seeds?
+Command: `make repro`. Runs lie in one folder, so that experiments share them; a finished run is packed into
+docs/results/runs and counts as done from then on, also on another machine. Interrupted, it continues.
+Cost: at most 120 runs of about a minute on one core.
+"""
+
+import argparse
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from fbi.errors import InputError
+from fbi.files import write_json, write_text
+from fbi.launch import launchers, plan
+from fbi.launch.job import Job
+from fbi.launch.watch import Watch
+from fbi.report import spec
+from fbi.report.archive import pack, unpack
+from fbi.report.page import page
+from fbi.report.sweep import PACKED, claims_table, read, tables
+from fbi.report.sweep_plot import plot
+
+HERE = Path(__file__).parent
+EXPERIMENTS = ("fbi_llm", "quest", "bitnet", "survey")
+MOST_RUNS = 120
+
+
+def plans(root: Path, scale: str = "mini") -> list[plan.Plan]:
+    """The plans of all experiments in one folder; an `InputError` where they are too many runs."""
+    made = [plan.plan(HERE / f"{name}.py", root, scale=scale, command="make repro") for name in EXPERIMENTS]
+    if len(runs := {directory for p in made for directory in p.runs}) > MOST_RUNS:
+        raise InputError(f"{len(runs)} runs are more than the {MOST_RUNS} of `make repro`; cut claims")
+    return made
+
+
+def jobs(made: list[plan.Plan]) -> list[Job]:
+    """Every run of all plans, each once."""
+    return list({job.directory: job for p in made for job in plan.jobs(p.sweep, p.root)}.values())
+
+
+def restore(wanted: list[Job], packed: Path) -> int:
+    """Puts packed runs back where they are not done; those that an open run learns from are trained again."""
+    closed = {job.directory for job in wanted if (job.directory / "done.json").exists()}
+    kept = {job.directory: file for job in wanted if (file := packed / f"{job.name}.json").exists()}
+    needed = {need for job in wanted if job.directory not in closed | kept.keys() for need in job.needs}
+    back = [directory for directory in kept if directory not in closed | needed]
+    for directory in back:
+        unpack(kept[directory], directory)
+    return len(back)
+
+
+def keep(made: list[plan.Plan], out: Path) -> None:
+    """Packs what is finished, and writes every experiment's sweep, tables, pictures and page."""
+    for job in jobs(made):
+        file = out / PACKED / f"{job.name}.json"
+        if (job.directory / "done.json").exists() and not file.exists():
+            pack(job.directory, file)
+    index = ["# Published claims in miniature", "", *(__doc__ or "").splitlines()[2:], ""]
+    for p in made:
+        write_json(out / p.path.name, spec.to_json(p.sweep))
+        (results,) = read(out / p.path.name)
+        files, warnings = plot(results, out)
+        pictures = [f"![{path.stem}]({path.name})\n" for path in files if path.suffix == ".png"]
+        text = [f"# {p.sweep.title}\n", f"```\n{p.sweep.text}\n```\n", *(t.markdown() for t in tables(results))]
+        write_text(out / f"{p.sweep.name}.md", "\n".join([*text, *pictures, *(f"{w}\n" for w in warnings)]))
+        write_text(p.root / f"{p.sweep.name}.html", page(results))
+        index += [f"[{p.sweep.title}]({p.sweep.name}.md)", "", claims_table(results).markdown()]
+    write_text(out / "README.md", "\n".join(index))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains what is not finished, then keeps what is."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--root", type=Path, default=Path("runs/repro"), help="where the run directories lie")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where finished runs are kept")
+    parser.add_argument("--launcher", default="local:slots=2", help="as for `fbi sweep`")
+    parser.add_argument("--scale", default="mini", choices=("mini", "smoke"), help="smoke: seconds a run")
+    options = parser.parse_args(arguments)
+    made = plans(options.root, options.scale)
+    for p in made:
+        p.write()
+    wanted = jobs(made)
+    print(f"{len(wanted)} runs, {restore(wanted, options.out / PACKED)} brought back from {options.out / PACKED}")
+    cancelled = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: cancelled.set())
+    with Watch(wanted) as watch:
+        schedule = launchers.parse(options.launcher).launch(wanted, watch, cancelled)
+    keep(made, options.out)
+    print(f"tables, pictures and verdicts in {options.out}")
+    return 0 if set(schedule.outcomes.values()) <= {"done"} else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"repro: error: {error}")

@@ -1,0 +1,104 @@
+"""The pictures that an experiment asks for: one measure against another, or curves of training, with seed spreads."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure as Canvas
+
+from fbi.errors import InputError
+from fbi.report import spec
+from fbi.report.figure import new_figure, save, short, style
+from fbi.report.measure import Found, sample, select
+from fbi.report.plot import smooth
+from fbi.report.runs import points
+from fbi.report.sweep import Results
+
+MOST_LINES = 14  # of a picture that nobody asked for
+
+
+def draw(figure: spec.Figure, found: Sequence[Found], path: str | os.PathLike[str] | None = None) -> Canvas:
+    """The figure, saved to `path` where that is given; an `InputError` where none of its runs has anything to draw."""
+    canvas = new_figure(7.2, 4.8)
+    axes = canvas.add_subplot()
+    drawn = _curves(axes, figure, found) if figure.kind == "curves" else _measures(axes, figure, found)
+    if not drawn:
+        raise InputError(f"figure {figure.name!r}: none of its runs has {figure.y!r} yet; wait for the first to finish")
+    if figure.log_x:
+        axes.set_xscale("log")
+    axes.set_xlabel(figure.x_label or ("training step" if figure.kind == "curves" else figure.x))
+    axes.set_ylabel(figure.y_label)
+    axes.set_title(figure.title, loc="left", fontsize="medium")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if drawn > 1 or figure.kind != "scatter":
+        canvas.legend(loc="outside lower center", ncols=min(4, drawn), frameon=False, fontsize="small")
+    return canvas if path is None else save(canvas, path)
+
+
+def _measures(axes, figure: spec.Figure, found: Sequence[Found]) -> int:
+    """Points with error bars: a configuration each, mean and standard deviation over its seeds."""
+    drawn = 0
+    for index, line in enumerate(figure.lines):
+        colour, marker = style(index)
+        groups: dict[str, list[Found]] = {}
+        for run in select(found, line.runs):
+            groups.setdefault(run.group, []).append(run)
+        at = []
+        for name, runs in groups.items():
+            x, y = sample(runs, figure.x), sample(runs, figure.y)
+            if x.mean is not None and y.mean is not None:
+                at.append((x.mean, y.mean, y.spread or 0.0, name))
+        if not at:
+            continue
+        at.sort()
+        xs, ys, spreads, names = zip(*at, strict=True)
+        joined = "-" if figure.kind == "line" else "none"
+        axes.errorbar(xs, ys, yerr=spreads, color=colour, marker=marker, linestyle=joined, markersize=5, capsize=2,
+                      label=line.label, gid=line.label)  # fmt: skip
+        if figure.kind == "scatter":
+            for x, y, name in zip(xs, ys, names, strict=True):
+                axes.annotate(short(name, 24), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6)
+        drawn += 1
+    return drawn
+
+
+def _curves(axes, figure: spec.Figure, found: Sequence[Found]) -> int:
+    """Training curves, smoothed; a line a run, a colour a series."""
+    kind, _, field = figure.y.partition(".") if "." in figure.y else ("train", "", figure.y)
+    drawn = 0
+    for index, line in enumerate(figure.lines):
+        colour, _ = style(index)
+        label = line.label
+        for run in select(found, line.runs):
+            rows = [row for row in run.record.rows.get(kind, ()) if row.get("site", "all") == "all"]
+            steps, values = points(rows, field)
+            if values:
+                axes.plot(steps, smooth(values), color=colour, linewidth=1.2, alpha=0.85, label=label)
+                label = None
+        drawn += label is None
+    return drawn
+
+
+def figures(results: Results) -> list[spec.Figure]:
+    """What the experiment asks for; of a sweep that asks for none, the curves of its configurations."""
+    if results.sweep.figures:
+        return list(results.sweep.figures)
+    groups = list(dict.fromkeys(run.group for run in results.found))[:MOST_LINES]
+    lines = [spec.Line(short(group, 40), group) for group in groups]
+    return [spec.Figure("curves", results.sweep.title, lines, kind="curves", y="loss", y_label="loss (nats/token)")]
+
+
+def plot(results: Results, folder: Path) -> tuple[list[Path], list[str]]:
+    """Draws every figure into `folder` as PNG and PDF; returns the files, and why some could not be drawn."""
+    files, warnings = [], []
+    for figure in figures(results):
+        try:
+            canvas = draw(figure, results.found)
+        except InputError as error:
+            warnings.append(str(error))
+            continue
+        for suffix in (".png", ".pdf"):
+            save(canvas, folder / f"{results.sweep.name}-{figure.name}{suffix}")
+            files.append(folder / f"{results.sweep.name}-{figure.name}{suffix}")
+    return files, warnings
