@@ -5,7 +5,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
-.PHONY: install demo test lint types bench methods-table methods-doc notebook clean
+.PHONY: install demo test lint types bench methods-table methods-doc notebook repro clean
 
 install: .venv/installed
 
@@ -31,10 +31,14 @@ bench: install
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/quantizers.py --steps
 
-# Every method at every bit-width, 300 steps each; resumable. Some knobs: STEPS=3, ONLY='quest*', SHARE=1/2.
+# Every method at every bit-width, 300 steps each; a finished run is not run again.
 methods-table: install
-	$(BIN)/python experiments/methods_table.py --steps $(or $(STEPS),300) --only '$(or $(ONLY),*)' \
-		--share $(or $(SHARE),1/1) --out docs/methods-table.md
+	$(BIN)/fbi sweep experiments/methods_table.py --launcher local:slots=2
+	$(BIN)/python -m experiments.methods_table
+
+# The published claims in miniature: at most 120 runs of about a minute on one core; finished ones are kept and count.
+repro: install
+	$(BIN)/python -m experiments.repro
 
 methods-doc: install
 	$(BIN)/python -m fbi.quant.catalogue > docs/methods.md

@@ -1,25 +1,28 @@
 """Every registered method, at every bit-width it supports, trained for a few steps on the same real text.
 
-Question: does each method train at all inside a decoder, and in which order do they come? It is no ranking: one seed,
-one learning rate for all, a model of half a million parameters.
-Command: `make methods-table` (resumable: a finished run is not run again; `--only GLOB`, `--steps N`).
-Expected: full precision first; losses fall with bits within a method; weight-only above weight-and-activation; sign
-activations last. Cost: about 25 seconds a run on one core, half of it compilation; 119 runs.
+Question: does each method train at all inside a decoder, and where does it lie in loss against stored bits? It is no
+ranking: one seed, one learning rate for all, a model of half a million parameters.
+Command: `make methods-table`, which is fbi sweep experiments/methods_table.py --launcher local:slots=2, then this file;
+a finished run is not run again.
+Expected: losses fall with bits within a method; sign activations last; methods with one scale for the whole matrix
+learn fastest at this rate. Cost: about 25 seconds a run on one core, half of it compilation; 119 runs.
 """
 
-import argparse
-import fnmatch
-import re
 import sys
 from pathlib import Path
 
 from fbi.data.config import DataConfig
-from fbi.files import read_json, write_text
+from fbi.files import make_directory, write_text
 from fbi.model.config import preset
 from fbi.optim.config import OptimizerConfig
 from fbi.quant.registry import REGISTRY, Method, listed
+from fbi.report.measure import Found, measure, select
+from fbi.report.spec import Figure, Line, Row, TableSpec
+from fbi.report.sweep import read
+from fbi.report.sweep_plot import draw
 from fbi.train.run import Execution, Run
 
+EXECUTION = Execution(eval_every=0, checkpoint_every=300, log_every=50, unroll=1, keep_last=1)
 LINEAR = "layers.*.attn.{{q,k,v,o}}: {m} | layers.*.mlp.*: {m}"
 # Methods whose place is not every linear layer, by name: the policy they are meant for.
 PLACES = {
@@ -54,39 +57,49 @@ def methods() -> list[Method]:
     return sorted(found, key=lambda m: (dict(m.options) != usual(m), dict(m.options).get("bits") in (5, 6, 7)))
 
 
-def runs(steps: int = 300) -> list[Run]:
+def runs() -> list[Run]:
     """One run a method."""
     data = DataConfig(window=64, batch=4)
     optimizer = OptimizerConfig(lr=3e-3)
     return [
-        Run(name=str(m), model=preset("nano"), policy=policy(m), data=data, optimizer=optimizer, steps=steps)
+        Run(name=str(m), model=preset("nano"), policy=policy(m), data=data, optimizer=optimizer, steps=300)
         for m in methods()
     ]
 
 
-def directory_of(root: Path, run: Run) -> Path:
-    """Where a run of this table lies."""
-    return root / re.sub(r"[^\w.-]+", "_", run.name)
+def tables() -> list[TableSpec]:
+    """A row a method."""
+    rows = [Row(str(method), str(method)) for method in methods()]
+    return [TableSpec("Every method, 300 steps", rows, baseline="none")]
 
 
-def table(root: Path, wanted: list[Run]) -> str:
+def figures() -> list[Figure]:
+    """The picture of all methods, each at its usual width and the widths that it names otherwise."""
+    kinds: dict[str, list[str]] = {}
+    for method in methods():
+        roles = REGISTRY[method.name].roles
+        label = "weights and activations" if len(roles) == 2 else f"{roles[0]}s alone"
+        kinds.setdefault(label, []).append(str(method))
+    lines = [Line(label, "|".join(names)) for label, names in kinds.items()]
+    return [Figure("methods", "Loss against stored bits, every method at every width", lines, kind="scatter",
+                   x_label="stored bits per weight of the blocks", log_x=True)]  # fmt: skip
+
+
+def table(found: list[Found]) -> str:
     """The finished runs in order of their loss, as Markdown."""
     rows = []
-    for run in wanted:
-        directory = directory_of(root, run)
-        if (directory / "done.json").exists():
-            done, summary = read_json(directory / "done.json"), read_json(directory / "summary.json")
-            entry = REGISTRY[Method.parse(run.name).name]
-            operands = "+".join(role[0].upper() for role in entry.roles)
-            grid = entry.choices.grid.replace("|", "\\|")
-            rows.append((done["loss"], run, operands, summary["paper_bits_per_weight"], grid))
-    rows.sort(key=lambda row: row[0])
-    full = next((loss for loss, run, *_ in rows if run.name == "none"), None)
+    for method in methods():
+        for run in select(found, str(method)):
+            loss, bits = measure(run.record, "loss"), measure(run.record, "summary.paper_bits_per_weight")
+            if loss is not None and bits is not None:
+                rows.append((loss, bits, str(method), REGISTRY[method.name]))
+    full = next((loss for loss, _, name, _ in rows if name == "none"), None)
     lines = ["| method | on | paper bits | grid | nats/token | over full precision |", "|---|---|---|---|---|---|"]
-    for loss, run, operands, bits, grid in rows:
+    for loss, bits, name, entry in sorted(rows, key=lambda row: row[0]):
+        operands, grid = "+".join(role[0].upper() for role in entry.roles), entry.choices.grid.replace("|", "\\|")
         over = f"{loss - full:+.3f}" if full is not None else ""
-        lines.append(f"| `{run.name}` | {operands} | {bits:.2f} | {grid} | {loss:.3f} | {over} |")
-    return "\n".join(lines) + "\n"
+        lines.append(f"| `{name}` | {operands} | {bits:.2f} | {grid} | {loss:.3f} | {over} |")
+    return "\n".join([*lines, "", f"{len(rows)} of {len(methods())} runs are finished."]) + "\n"
 
 
 MARK = "<!-- table -->\n"
@@ -99,32 +112,12 @@ def put(path: Path, text: str) -> None:
     write_text(path, f"{before}{MARK}{text}{MARK}{after}")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Trains what is not finished, one after the other, and writes the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
-    parser.add_argument("--only", default="*", help="glob over run names, such as 'quest*'")
-    parser.add_argument("--root", type=Path, default=Path("runs/methods"), help="where the run directories lie")
-    parser.add_argument("--out", type=Path, help="Markdown file that gets the table, between its marks")
-    parser.add_argument("--share", default="1/1", help="K/N: only every N-th run from the K-th, for N processes")
-    options = parser.parse_args(arguments)
-    first, every = (int(part) for part in options.share.split("/"))
-    import fbi
-
-    chosen = [run for run in runs(options.steps) if fnmatch.fnmatch(run.name, options.only)]
-    execution = Execution(eval_every=0, checkpoint_every=options.steps, log_every=50, unroll=1, keep_last=1)
-    failed = []
-    for run in chosen[first - 1 :: every]:
-        try:
-            fbi.train(run, directory_of(options.root, run), execution)
-        except ValueError as error:  # one method's failure must not hide the others
-            failed.append(f"{run.name}: {error}")
-            print(failed[-1], file=sys.stderr)
-    text = table(options.root, chosen)
-    print(text)
-    if options.out:
-        put(options.out, text)
-    return 1 if failed else 0
+def main(root: Path = Path("runs/methods_table"), out: Path = Path("docs")) -> None:
+    """Writes the table and the picture of what is finished."""
+    (results,) = read(root)
+    put(out / "methods-table.md", table(list(results.found)))
+    (figure,) = results.sweep.figures
+    draw(figure, results.found, make_directory(out) / "methods-table.png")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from fbi.analysis.scaling import STARTS, Law, Observation, Start, fit
 from fbi.analysis.scaling_report import Interval, Resampled, bootstrap, optimum, profile, threshold
 from fbi.errors import InputError
 from fbi.files import make_directory, write_text
-from fbi.report.plot import COLOURS, GREY, MARKERS, SUFFIXES
+from fbi.report.figure import COLOURS, GREY, MARKERS, SUFFIXES
 from fbi.report.table import Column, Table
 
 RUNS = Path(__file__).parent / "data" / "quest_runs.json"

@@ -62,8 +62,8 @@ def keep(made: list[plan.Plan], out: Path) -> None:
     for p in made:
         write_json(out / p.path.name, spec.to_json(p.sweep))
         (results,) = read(out / p.path.name)
-        files, warnings = plot(results, out)
-        pictures = [f"![{path.stem}]({path.name})\n" for path in files if path.suffix == ".png"]
+        files, warnings = plot(results, out, [".png"])
+        pictures = [f"![{path.stem}]({path.name})\n" for path in files]
         text = [f"# {p.sweep.title}\n", f"```\n{p.sweep.text}\n```\n", *(t.markdown() for t in tables(results))]
         write_text(out / f"{p.sweep.name}.md", "\n".join([*text, *pictures, *(f"{w}\n" for w in warnings)]))
         write_text(p.root / f"{p.sweep.name}.html", page(results))

@@ -91,8 +91,8 @@ def measure(record: RunRecord, metric: str) -> float | None:
 
 
 def select(found: Sequence[Found], glob: str) -> list[Found]:
-    """The runs whose names, without their seeds, match."""
-    return [run for run in found if fnmatch.fnmatchcase(run.group, glob)]
+    """The runs whose names, without their seeds, match one of the globs, joined by `|`."""
+    return [run for run in found if any(fnmatch.fnmatchcase(run.group, one) for one in glob.split("|"))]
 
 
 def sample(found: Sequence[Found], metric: str) -> Sample:

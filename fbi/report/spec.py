@@ -1,7 +1,7 @@
 """What an experiment wants to know, as data: tables, claims, figures over named runs. Stored beside the runs as JSON.
 
 Runs whose names differ only in a last `-sN` are seeds of one configuration; runs are chosen by globs over the names of
-configurations (`fbi-ad`, `quest-w*`).
+configurations (`fbi-ad`, `quest-w*`), or several joined by `|`.
 """
 
 import dataclasses

@@ -89,8 +89,8 @@ def figures(results: Results) -> list[spec.Figure]:
     return [spec.Figure("curves", results.sweep.title, lines, kind="curves", y="loss", y_label="loss (nats/token)")]
 
 
-def plot(results: Results, folder: Path) -> tuple[list[Path], list[str]]:
-    """Draws every figure into `folder` as PNG and PDF; returns the files, and why some could not be drawn."""
+def plot(results: Results, folder: Path, suffixes: Sequence[str] = (".png", ".pdf")) -> tuple[list[Path], list[str]]:
+    """Draws every figure into `folder`, one file a suffix; returns the files, and why some could not be drawn."""
     files, warnings = [], []
     for figure in figures(results):
         try:
@@ -98,7 +98,7 @@ def plot(results: Results, folder: Path) -> tuple[list[Path], list[str]]:
         except InputError as error:
             warnings.append(str(error))
             continue
-        for suffix in (".png", ".pdf"):
+        for suffix in suffixes:
             save(canvas, folder / f"{results.sweep.name}-{figure.name}{suffix}")
             files.append(folder / f"{results.sweep.name}-{figure.name}{suffix}")
     return files, warnings
