@@ -265,25 +265,11 @@ def models() -> None:
     print(Table(columns, rows, title="model presets (learned scales of a policy come on top)").terminal())
 
 
-def show(directory: RunDirectory, picture: str = "curves.png") -> None:
-    """A run's configuration, progress and losses, with its curves drawn here and as a picture.
-
-    For example: fbi show runs/first
-
-    Args:
-        directory: A run directory.
-        picture: File name of the picture in the run directory; empty for none.
-    """
-    from fbi.report.show import show
-
-    show(directory, picture=picture or None)
-
-
 COMMANDS = {
     "demo": demo, "data": data, "train": train, "eval": evaluate, "generate": generate,
     "sweep": cli_sweep.sweep, "status": cli_sweep.status, "stop": cli_sweep.stop, "retry": cli_sweep.retry,
     "table": cli_report.table, "plot": cli_report.plot, "report": cli_report.report,
-    "methods": methods, "policy": policy, "cost": cost, "models": models, "show": show,
+    "methods": methods, "policy": policy, "cost": cost, "models": models, "show": cli_report.show,
 }  # fmt: skip
 
 

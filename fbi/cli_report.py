@@ -1,4 +1,4 @@
-"""The commands that read runs: `fbi table`, `plot`, `report`. None of them loads jax."""
+"""The commands that read runs: `fbi table`, `plot`, `report`, `show`. Reading runs never loads jax."""
 
 import sys
 from pathlib import Path
@@ -65,6 +65,36 @@ def report(place: Place, out: Path | None = None) -> None:
         path = out or results.root / f"{results.sweep.name}.html"
         write_text(path, page(results))
         print(path)
+
+
+def show(
+    place: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")],
+    picture: str = "curves.png",
+    scale: str = "paper",
+    mesh: str = "data=128",
+    chip: str = "v5p",
+    utilisation: float = 0.4,
+) -> None:
+    """A run's configuration, progress and losses, with its curves; or what an experiment's planned runs would take.
+
+    For example: fbi show runs/first; fbi show experiments/quest.py --mesh data=64 --chip h100
+
+    Args:
+        place: A run directory, or an experiment's file.
+        picture: Of a run: file name of the picture in its directory; empty for none.
+        scale: Of an experiment: paper, mini or smoke.
+        mesh: Of an experiment: axes and sizes of the devices that it would run on.
+        chip: Of an experiment: v5e, v5p, v6e or h100.
+        utilisation: Of an experiment: the share of the chips' peak that its steps would reach.
+    """
+    if place.suffix != ".py":
+        from fbi.report.show import show
+
+        show(place, picture=picture or None)
+        return
+    from fbi.launch.outlay import table
+
+    print(table(place, scale, mesh, chip, utilisation).terminal())
 
 
 def _read(place: Path):
