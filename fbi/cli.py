@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from fbi import console
+from fbi.cli_tasks import tasks
 from fbi.errors import InputError
 from fbi.train.run import Execution
 
@@ -280,7 +281,7 @@ def show(directory: RunDirectory, picture: str = "curves.png") -> None:
 
 
 COMMANDS = {
-    "demo": demo, "data": data, "train": train, "eval": evaluate, "generate": generate,
+    "demo": demo, "data": data, "train": train, "eval": evaluate, "tasks": tasks, "generate": generate,
     "methods": methods, "policy": policy, "cost": cost, "models": models, "show": show,
 }  # fmt: skip
 

@@ -22,7 +22,7 @@ ROWS = [
     {"evaluate", "analysis"},
     {"train"},
     {"experiment", "report", "demo", "launch"},
-    {"cli", "console"},
+    {"cli", "cli_tasks", "console"},
 ]
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
 BASE = ROWS[0]
