@@ -22,7 +22,7 @@ ROWS = [
     {"evaluate", "analysis"},
     {"train"},
     {"experiment", "report", "demo", "launch"},
-    {"cli", "cli_report", "cli_sweep", "console", "__main__"},
+    {"cli", "cli_report", "cli_sweep", "cli_tasks", "console", "__main__"},
 ]
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
 BASE = ROWS[0]

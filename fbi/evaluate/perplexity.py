@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
 from fbi.errors import InputError
-from fbi.evaluate.mesh import rows_multiple
+from fbi.evaluate.mesh import check_batch, split_rows
 from fbi.loss import Outputs, next_token
 from fbi.model.axes import mesh_in_use
 from fbi.model.functional import Model, Params
@@ -94,9 +94,8 @@ def evaluate(
     `limit`: at most so many windows, 0 for all.
     """
     mesh = mesh_in_use()
-    multiple = rows_multiple(mesh, model.axes.batch)
-    if batch < 1 or batch % multiple:
-        raise InputError(f"batch is {batch}; it must be a positive multiple of {multiple}, the batch axis of the mesh")
+    check_batch(batch, mesh, model.axes.batch)
+    put = functools.partial(split_rows, mesh, model.axes.batch)
     if limit < 0:
         raise InputError(f"limit is {limit}; it must be at least 0, which means all windows")
     plan = spans(len(tokens), window, stride)
@@ -127,18 +126,11 @@ def evaluate(
                 first[row] = span.first
                 scored = rows[row, span.first + 1 :]
                 counted, text = counted + len(scored), text + int(token_bytes[scored].sum())
-            total = _nats(model, separator, params, _put(mesh, model, rows), _put(mesh, model, first))
+            total = _nats(model, separator, params, put(rows), put(first))
             settle()
             pending = total, done + len(part)
         settle()
     return Score(nats, counted, text, len(plan))
-
-
-def _put(mesh: jax.sharding.Mesh, model: Model, rows: np.ndarray) -> Array:
-    """`rows`, which every host has whole, split over the batch axis of the mesh."""
-    sharding = jax.NamedSharding(mesh, jax.P(model.axes.batch, *[None] * (rows.ndim - 1)))
-    with jax.transfer_guard_host_to_device("allow"):  # a wanted transfer, also where a training loop forbids others
-        return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

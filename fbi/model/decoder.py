@@ -160,13 +160,21 @@ class Decoder(nnx.Module):
             pieces.append(found)
         features = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
         x = self.norm(x)
+        if "head" in wanted:
+            features["head"] = wanted["head"](x)
+        return self.project(x, table, ctx), updated or None, features
+
+    def logits(self, x: Float[Array, "b t d"], ctx: Ctx = Ctx()) -> Float[Array, "b t v"]:
+        """The logits of hidden states as the feature `head` gives them: the head alone."""
+        return self.project(x, self._table(ctx), ctx)
+
+    def project(self, x: Float[Array, "b t d"], table: Float[Array, "v d"], ctx: Ctx) -> Float[Array, "b t v"]:
+        """The head, `table` being the embedding as used, in float32 at least."""
         out = self.axes.hidden(self.axes.vocab)
         if self.config.tied:
             used = jax.sharding.reshard(table, gathered(self._table_spec))
             logits = dense(self.head(x, for_site(ctx, "head")), used.T, out)
         else:
             logits = self.head(x, out, ctx)
-        if "head" in wanted:
-            features["head"] = wanted["head"](x)
         logits = jnp.asarray(logits)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), updated or None, features
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

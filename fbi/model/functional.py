@@ -143,6 +143,21 @@ class Model:
     def _features_alone(self) -> Callable:
         return _compiled(self._features, static=(4,))
 
+    def head(self, params: Params, hidden: Float[Array, "b t d"], ctx: Ctx = Ctx()) -> Float[Array, "b t v"]:
+        """Logits of hidden states as the feature `head` of `features` gives them, where not every position is wanted.
+
+        In one compiled function, `features(..., wanted={"head": pick})` and this compute the logits of what `pick`
+        keeps and of nothing else.
+        """
+        return (self._head_alone if _no_mesh() else self._head)(params, hidden, ctx)
+
+    def _head(self, params: Params, hidden: Array, ctx: Ctx) -> Array:
+        return nnx.merge(self._structure, params).logits(hidden, ctx)
+
+    @functools.cached_property
+    def _head_alone(self) -> Callable:
+        return _compiled(self._head)
+
     def empty_cache(self, batch: int, length: int) -> dict[str, Cache]:
         """Room for `length` positions of keys and values, by segment, [layers, b, s, g, k]."""
         c = self.config

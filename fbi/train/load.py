@@ -52,6 +52,17 @@ def load(directory: str | Path, step: int | None = None) -> Loaded:
     return Loaded(model, params, Tokenizer.load(directory / "tokenizer.json"))
 
 
+def load_named(name: str) -> Loaded:
+    """What `name` names: the pretrained `smollm2-135m`, in full precision, or a run directory as `load` reads it."""
+    if name != PRETRAINED:
+        return load(name)
+    config, params, tokenizer = smollm2()
+    model = Model(config)
+    with jax.set_mesh(mesh_in_use()):
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, on_mesh(model.abstract()))
+        return Loaded(model, jax.device_put(params, shardings), tokenizer)
+
+
 def check_teacher(run: Run) -> Run:
     """What the teacher of a run is; an `InputError` where it is unfinished or cannot teach this run."""
     directory = Path(run.teacher)

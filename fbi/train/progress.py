@@ -39,7 +39,7 @@ class Reporter:
     def update(self, done: int, text: str = "") -> None:
         """Shows how much is done, with `text` beside it."""
         if self._bar:
-            self._bar.update(self._task, completed=done, text=text)
+            self._bar.update(self._task, completed=done, total=self.total, text=text)
             return
         now = time.monotonic()
         if now - self._said >= self.line_every and done < self.total:
