@@ -7,8 +7,8 @@ import pytest
 
 from fbi.data import DataConfig
 from fbi.errors import InputError
-from fbi.experiment import overlay, smoke
-from fbi.model.config import PRESETS, ModelConfig, check
+from fbi.experiment import grid, ladder, overlay, seeds, smoke, variants, zipped
+from fbi.model.config import PRESETS, ModelConfig, check, count_parameters
 from fbi.optim import OptimizerConfig
 from fbi.train import Execution, Run
 from fbi.train.compose import check as check_run
@@ -182,3 +182,57 @@ def test_shapes_that_cannot_be_built_are_refused():
     ]:
         with pytest.raises(InputError, match=says):
             check(dataclasses.replace(ModelConfig(), **changes))
+
+
+BASE = Run(name="w", steps=3)
+
+
+def test_a_grid_has_every_combination_in_order_and_names_them():
+    runs = grid(BASE, {"policy": ["fp", "fbi"], "optimizer.lr": {"low": 1e-3, "high": 3e-3}, "steps": [5]})
+    assert [run.name for run in runs] == ["w-fp-low", "w-fp-high", "w-fbi-low", "w-fbi-high"]
+    assert [(run.policy, run.optimizer.lr, run.steps) for run in runs] == [
+        ("fp", 1e-3, 5), ("fp", 3e-3, 5), ("fbi", 1e-3, 5), ("fbi", 3e-3, 5)]  # fmt: skip
+    assert [run.name for run in grid(Run(), {"policy": ["layers.*: w=quest:bits=2", "fp"]})] == [
+        "layers.-w-quest-bits-2", "fp"]  # fmt: skip
+    assert grid([], {"steps": [1]}) == []
+
+
+def test_zipped_fields_go_together():
+    runs = zipped([BASE, Run(name="x")], {"model": ["nano", "micro"], "optimizer.lr": [1e-3, 5e-4]})
+    rates = {"nano": 1e-3, "micro": 5e-4}
+    wanted = [(f"{name}-{size}", PRESETS[size], lr) for name in "wx" for size, lr in rates.items()]
+    assert [(r.name, r.model, r.optimizer.lr) for r in runs] == wanted
+    with pytest.raises(InputError, match=r"equally many values each, not \{'steps': 1, 'seed': 2\}"):
+        zipped(BASE, {"steps": [1], "seed": [1, 2]})
+
+
+def test_seeds_change_start_and_data_order_and_pair_students_with_teachers():
+    runs = seeds(variants(Run(), {"fp": {}, "ad": {"loss": "ad", "teacher": "@fp-s{seed}"}}), 2)
+    assert [(r.name, r.seed, r.data.seed, r.teacher) for r in runs] == [
+        ("fp-s0", 0, 0, ""), ("fp-s1", 1, 1, ""), ("ad-s0", 0, 0, "@fp-s0"), ("ad-s1", 1, 1, "@fp-s1")]  # fmt: skip
+    assert [r.seed for r in seeds(BASE, [7, 3])] == [7, 3]
+
+
+def test_a_ladder_trains_every_size_on_as_many_tokens_per_parameter():
+    runs = ladder(BASE, {"small": PRESETS["nano"], "large": PRESETS["micro"]}, 2.0)
+    tokens = BASE.data.batch * BASE.data.window
+    for run, name in zip(runs, ("nano", "micro"), strict=True):
+        wanted = 2.0 * count_parameters(PRESETS[name]).non_embedding
+        assert 0 <= run.steps * tokens - wanted < tokens
+    assert [run.name for run in runs] == ["w-small", "w-large"]
+    with pytest.raises(InputError, match="it must be above 0"):
+        ladder(BASE, {"small": PRESETS["nano"]}, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"optimizer.rate": 1}, "unknown field 'optimizer.rate'"),
+        ({"steps": "3"}, "steps='3' is not a whole number"),
+        ({"model": "nan0"}, "did you mean 'nano'"),
+        ({"data": {"window": 3, "x": 1}}, "unknown field 'data.x'"),
+    ],
+)
+def test_a_combinator_refuses_unknown_fields_and_wrong_types(fields, says):
+    with pytest.raises(InputError, match=says):
+        grid(BASE, {name: [value] for name, value in fields.items()})

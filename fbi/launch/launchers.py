@@ -3,7 +3,7 @@
 import importlib
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from fbi.errors import unknown
 from fbi.experiment import overlay
@@ -16,6 +16,7 @@ LAUNCHERS = {
 }
 
 
+@runtime_checkable
 class Launcher(Protocol):
     """Carries jobs out somewhere. Its fields are its options."""
 

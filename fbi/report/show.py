@@ -19,6 +19,8 @@ def show(directory: str | os.PathLike[str], *, picture: str | os.PathLike[str] |
     record = read_run(directory)
     encoding = sys.stdout.encoding or "ascii"
     text = describe(record, unicode=_can("█…", encoding))
+    for warning in record.warnings:
+        print(f"fbi: warning: {warning}", file=sys.stderr)
     print(text if _can(text, encoding) else text.encode(encoding, "replace").decode(encoding))
     if picture is not None and (points(record.train, "loss")[0] or points(record.evaluations(), "loss")[0]):
         from fbi.report.plot import curves

@@ -22,8 +22,9 @@ def test_the_standard_tasks_are_there():
 def test_tasks_prints_a_row_for_each_task(fbi, teacher, package_cache):
     ended = fbi("tasks", str(teacher), "--tasks", "winogrande, lambada", "--limit", "4", "--batch", "4")
     assert (ended.code, ended.err) == (0, "")
-    assert ended.out.splitlines()[0] == f"{teacher}, zero-shot"
-    rows = {line.split()[0]: line.split() for line in ended.out.splitlines() if line.strip()}
+    lines = ended.out.splitlines()
+    table = lines[lines.index(f"{teacher}, zero-shot") :]  # a slow machine says before how far it is
+    rows = {line.split()[0]: line.split() for line in table if line.strip()}
     heading = "task documents acc stderr acc_norm stderr chance perplexity bits/byte"
     assert " ".join(rows["task"]) == heading
     _, documents, acc, stderr, norm, _, chance, perplexity, _ = rows["winogrande"]

@@ -52,14 +52,21 @@ def test_points_are_finite_numbers_only():
         ({"config__json": json.dumps({"architectures": []})}, "no 'run'"),
         ({"config__json": None}, "no config.json"),
         ({"summary__json": "3"}, "holds a int"),
-        ({"metrics__jsonl": '{"kind": "train"}\nnonsense\n{"kind": "train"}\n'}, "line 2"),
-        ({"metrics__jsonl": '{"step": 1}\n{"kind": "train"}\n'}, "line 1"),
     ],
 )
 def test_what_is_no_whole_run_is_refused_in_one_line(new_run, files, says):
     with pytest.raises(InputError, match=says) as error:
         read_run(new_run(**files))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bad", ["nonsense", '{"step": 1}', "[]"])
+def test_a_damaged_line_is_left_out_and_named(new_run, bad):
+    good = '{"kind": "train", "step": 1, "loss": 2.0}'
+    folder = new_run(metrics__jsonl=f"{good}\n{bad}\n{good}\n")
+    record = read_run(folder)
+    assert len(record.train) == 2
+    assert record.warnings == [f"{folder / 'metrics.jsonl'}: line 2 is no row of metrics, left out"]
 
 
 def test_a_folder_of_runs_names_some_of_them(new_run, tmp_path):
