@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import re
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -120,7 +120,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.]+", "-", text, flags=re.ASCII).strip("-.")
 
 
-def _replace(config: Any, names: list[str], path: str, value: typing.Callable[[Any, str], Any]) -> Any:
+def _replace(config: Any, names: list[str], path: str, value: Callable[[Any, str], Any]) -> Any:
     """`config` with the field that `names` lead to replaced by `value(type of the field, path)`."""
     hints = typing.get_type_hints(type(config))
     name, rest = names[0], names[1:]

@@ -3,7 +3,7 @@
 import importlib
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from fbi.errors import unknown
 from fbi.experiment import overlay
@@ -13,9 +13,13 @@ from fbi.launch.schedule import Schedule
 # name: where its class is; imported when it is wanted, so that what it needs need not be installed
 LAUNCHERS = {
     "local": ("fbi.launch.local", "Local"),
+    "ray": ("fbi.launch.ray", "Ray"),
+    "slurm": ("fbi.launch.slurm", "Slurm"),
+    "sky": ("fbi.launch.sky", "Sky"),
 }
 
 
+@runtime_checkable
 class Launcher(Protocol):
     """Carries jobs out somewhere. Its fields are its options."""
 

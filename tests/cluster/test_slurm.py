@@ -1,0 +1,83 @@
+"""A sweep on a real Slurm of one machine, one of whose jobs is requeued in the middle."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import cluster_support as support
+import pytest
+
+SCRIPT = Path(__file__).with_name("slurm_one_machine.sh")
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Slurm's commands work on a cluster of this machine."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    try:
+        # its daemons keep standard error open, so that it goes to a file
+        with (folder / "said.txt").open("w") as said:
+            started = subprocess.run(
+                ["bash", SCRIPT, "start", folder], stdout=subprocess.PIPE, stderr=said, text=True, timeout=400
+            )
+        assert started.returncode == 0, (folder / "said.txt").read_text()
+        monkeypatch.setenv("SLURM_CONF", started.stdout.strip())
+        yield folder
+    finally:
+        subprocess.run(["bash", SCRIPT, "stop", folder], timeout=120, check=True)
+
+
+def scontrol(*arguments):
+    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_a_requeued_run_goes_on_where_it_was(slurm, corpus, reference, tmp_path):
+    root = tmp_path / "sweep"
+    with support.Sweep(root, "slurm:wait=false,time=120", corpus) as sweep:
+        assert sweep.end() == 0, sweep.words
+    submitted = json.loads((root / "slurm/queue.json").read_text())
+    assert len(submitted) == support.RUNS
+    assert len({number.partition("_")[0] for number in submitted.values()}) == 2  # an array of those that need others
+    with support.Sweep(root, "slurm:time=120", corpus) as sweep:  # waits for those that are in the queue
+        caught = sweep.catch()
+        number = submitted[caught.directory.name]
+        requeued = scontrol("requeue", number)
+        assert requeued.returncode == 0, requeued.stderr
+        caught.let_go()
+        support.until(lambda: "JobState=PENDING" in scontrol("show", "job", number).stdout, "it waits again", 120)
+        # Slurm lets a requeued job wait for two minutes, unless it is told not to
+        support.until(lambda: scontrol("update", f"jobid={number}", "starttime=now").returncode == 0, "an update", 60)
+        restarted = support.until(lambda: len(support.starts(caught.directory)) == 2, "its second start")
+        assert restarted
+        assert re.search(r"\bRestarts=1\b", scontrol("show", "job", number).stdout)
+        assert sweep.end() == 0, sweep.words
+    assert json.loads((root / "slurm/queue.json").read_text()) == submitted
+    said = (root / "slurm" / f"{number}_0_log.out").read_text()
+    assert re.findall(r"SLURM_RESTART_COUNT=(\d)", said) == ["0", "1"]
+    support.assert_same(root, reference, caught.directory)
+
+
+def test_a_sweep_asked_to_stop_goes_on_later(slurm, corpus, reference, tmp_path):
+    root, only = tmp_path / "sweep", "tiny-fp-s[01]"
+    with support.Sweep(root, "slurm:at_once=1,time=120", corpus, only) as sweep:
+        caught = sweep.catch()
+        sweep.stop()
+        support.until(lambda: (caught.directory / "stop").exists(), "the request to stop", 120)
+        caught.let_go()
+        assert sweep.end() == 75, sweep.words
+    assert not (caught.directory / "done.json").exists()
+    assert not list(root.glob("*/stop"))
+    assert not subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True).stdout
+    with support.Sweep(root, "slurm:time=120", corpus, only) as sweep:
+        assert sweep.end() == 0, sweep.words
+    support.assert_same(root, reference, caught.directory, only + "-*")
+
+
+def test_what_sbatch_refuses_is_named(slurm, corpus, tmp_path):
+    with support.Sweep(tmp_path / "sweep", "slurm:partition=nowhere", corpus) as sweep:
+        assert sweep.end() == 2, sweep.words
+    assert "sbatch refused the runs" in sweep.words
+    assert "invalid partition" in sweep.words
+    assert "Traceback" not in sweep.words
