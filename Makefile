@@ -5,7 +5,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
-.PHONY: install demo test lint types bench methods-table methods-doc notebook clean
+.PHONY: install demo test test-cluster lint types bench methods-table methods-doc notebook clean
 
 install: .venv/installed
 
@@ -19,6 +19,11 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -q
+
+# Sweeps on a Ray of three nodes and a Slurm, both of this machine; as root on Debian, whose packages of Slurm it installs.
+test-cluster: install
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[ray,slurm]'
+	$(BIN)/python -m pytest -q --durations=10 tests/cluster
 
 lint: install
 	$(BIN)/ruff check .

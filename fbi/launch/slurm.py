@@ -71,7 +71,7 @@ class Slurm:
 
     def _submit(self, jobs: Sequence[Job], folder: Path) -> dict[Job, str]:
         """The Slurm job of each job, submitted now or still in the queue."""
-        queued = _in_queue() if (folder / QUEUE).exists() else []
+        queued = (_in_queue() if (folder / QUEUE).exists() else None) or []
         known = read_json(folder / QUEUE) if queued else {}
         queue = {job: known[job.name] for job in jobs if known.get(job.name) in queued}
         by_directory = {job.directory: job for job in jobs}

@@ -7,6 +7,8 @@ import cluster_support as support
 import psutil
 import pytest
 
+pytestmark = pytest.mark.timeout(1800)  # the first one waits for the reference too
+
 
 @pytest.fixture
 def cluster(monkeypatch):

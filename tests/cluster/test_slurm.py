@@ -8,6 +8,8 @@ from pathlib import Path
 import cluster_support as support
 import pytest
 
+pytestmark = pytest.mark.timeout(1800)  # the first one waits for the reference too
+
 SCRIPT = Path(__file__).with_name("slurm_one_machine.sh")
 
 
