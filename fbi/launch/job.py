@@ -69,7 +69,7 @@ def execute(
             return "stopped"
         code = _run(job, claim, {**_compiled(), **os.environ, **(environment or {})}, stop)
         (job.directory / RUNNING).unlink(missing_ok=True)
-        if code == 0 and (job.directory / "done.json").exists():
+        if (job.directory / "done.json").exists():  # whatever befell the process after it
             return "done"
         if code == EXIT_STOPPED or stop():
             return "stopped"

@@ -139,8 +139,10 @@ def _watch(
         if time.monotonic() - looked > LOOK:
             looked, queued = time.monotonic(), _in_queue()
         for job in list(schedule.taken):
+            if alive(job.directory):
+                continue
             outcome = _settled(job)
-            if outcome is None and queued is not None and queue[job] not in queued and not alive(job.directory):
+            if outcome is None and queued is not None and queue[job] not in queued:
                 since = absent.setdefault(job, time.monotonic())
                 patient = time.monotonic() - since < 3 * LOOK
                 outcome = "stopped" if asked else _left(job, queue[job], folder, patient)

@@ -3,7 +3,7 @@
 # path of its configuration, `stop DIR` ends it. No systemd, no cgroups, no accounting; a job that is requeued dies
 # within KillWait seconds.
 set -euo pipefail
-what=${1:?start or stop} dir=${2:?a folder for its state and logs}
+what=${1:?start or stop} dir=$(realpath "${2:?a folder for its state and logs}")
 conf=$dir/slurm.conf
 
 finish() { # PID_FILE: ends the daemon that wrote it, and waits until it has gone
@@ -15,8 +15,13 @@ finish() { # PID_FILE: ends the daemon that wrote it, and waits until it has gon
 }
 
 if [ "$what" = stop ]; then
-  SLURM_CONF=$conf timeout 30 scancel --full --signal=KILL --user=root >/dev/null 2>&1 || true
+  export SLURM_CONF=$conf
+  timeout 30 scancel --user="$(id -un)" >/dev/null 2>&1 || true
+  for _ in $(seq 30); do [ -n "$(timeout 10 squeue --noheader 2>/dev/null)" ] || break; sleep 1; done
   for name in slurmctld slurmd munged; do finish "$dir/$name.pid"; done
+  for pid in $(pgrep -x slurmstepd); do  # of a job that had not quite ended: it works in the folder of its daemon
+    [ "$(readlink "/proc/$pid/cwd")" != "$dir" ] || kill -9 "$pid" 2>/dev/null || true
+  done
   exit 0
 fi
 
