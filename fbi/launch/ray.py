@@ -48,12 +48,12 @@ class Ray:
         variables = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         with _connected(ray, self.address):
             _check_room(ray, {"CPU": self.cpus, "GPU": self.gpus, **asked}, own=not self.address)
-            task = ray.remote(carry_out).options(
-                num_cpus=self.cpus, num_gpus=self.gpus, resources=asked, max_retries=self.retries
-            )
+            needs = {"num_cpus": self.cpus, "num_gpus": self.gpus, "resources": asked, "max_retries": self.retries}
+            task = ray.remote(carry_out)
             while not schedule.over:
                 while (not self.at_once or len(running) < self.at_once) and (job := schedule.take()) is not None:
-                    running[task.options(name=job.name).remote(absolute(job), os.getcwd(), variables)] = job
+                    ref = task.options(name=job.name, **needs).remote(absolute(job), os.getcwd(), variables)
+                    running[ref] = job
                 if cancelled.is_set():
                     schedule.take()  # which forgets what nobody has begun
                     stops.ask(running.values())

@@ -1,5 +1,6 @@
 """The sweep of `sweep.py` under a launcher, in a process of its own; a run caught in the middle; what came out."""
 
+import contextlib
 import fnmatch
 import json
 import os
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +93,16 @@ class Caught:
     """A run whose process stands still."""
 
     def __init__(self, directory: Path, process: psutil.Process):
-        self.directory, self.process, self.step = directory, process, last_step(directory)
+        self.directory, self.process = directory, process
 
     def let_go(self) -> None:
-        """Lets the process go on."""
-        self.process.send_signal(signal.SIGCONT)
+        """Lets the process go on, where it is still there."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.process.send_signal(signal.SIGCONT)
 
 
 def _caught(directory: Path, which: Callable[[Path, dict[str, Any]], bool]) -> Caught | None:
-    if not 10 <= last_step(directory) <= STEPS // 2 or (directory / "done.json").exists():
+    if not (saved(directory) and 10 <= last_step(directory) <= STEPS // 2):
         return None
     try:
         running = json.loads((directory / "running.json").read_text())
@@ -114,6 +116,11 @@ def _caught(directory: Path, which: Callable[[Path, dict[str, Any]], bool]) -> C
         return Caught(directory, process)
     process.send_signal(signal.SIGCONT)
     return None
+
+
+def saved(directory: Path) -> list[str]:
+    """The whole checkpoints."""
+    return [path.name for path in directory.glob("checkpoints/*") if path.name.isdigit()]
 
 
 def last_step(directory: Path) -> int:
@@ -135,8 +142,8 @@ def starts(directory: Path) -> list[str]:
     return (directory / "log.txt").read_text().split("== 20")[1:]
 
 
-def assert_same(root: Path, reference: Path, interrupted: Path, only: str = "*") -> None:
-    """Every run is done, once, with the numbers of the reference; `interrupted` was started twice, the rest once."""
+def assert_same(root: Path, reference: Path, caught: Sequence[Caught], only: str = "*") -> None:
+    """Every run is done, once, with the numbers of the reference; the caught ones were started twice, the rest once."""
     names = [directory.name for directory in directories(reference) if fnmatch.fnmatch(directory.name, only)]
     for name in names:
         rows = record(root / name)
@@ -150,6 +157,7 @@ def assert_same(root: Path, reference: Path, interrupted: Path, only: str = "*")
         assert not (root / name / "stop").exists()
         assert not (root / name / "failed.json").exists()
         assert not (root / name / "running.json").exists()
-    counts = {name: len(starts(root / name)) for name in names}
-    assert counts == dict.fromkeys(names, 1) | {interrupted.name: 2}
-    assert "continuing from step" in starts(interrupted)[1]
+    again = {one.directory.name: 2 for one in caught}
+    assert {name: len(starts(root / name)) for name in names} == dict.fromkeys(names, 1) | again
+    for one in caught:
+        assert "continuing from step" in starts(one.directory)[1]

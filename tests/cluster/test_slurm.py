@@ -58,7 +58,7 @@ def test_a_requeued_run_goes_on_where_it_was(slurm, corpus, reference, tmp_path)
     assert json.loads((root / "slurm/queue.json").read_text()) == submitted
     said = (root / "slurm" / f"{number}_0_log.out").read_text()
     assert re.findall(r"SLURM_RESTART_COUNT=(\d)", said) == ["0", "1"]
-    support.assert_same(root, reference, caught.directory)
+    support.assert_same(root, reference, [caught])
 
 
 def test_a_sweep_asked_to_stop_goes_on_later(slurm, corpus, reference, tmp_path):
@@ -74,7 +74,7 @@ def test_a_sweep_asked_to_stop_goes_on_later(slurm, corpus, reference, tmp_path)
     assert not subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True).stdout
     with support.Sweep(root, "slurm:time=120", corpus, only) as sweep:
         assert sweep.end() == 0, sweep.words
-    support.assert_same(root, reference, caught.directory, only + "-*")
+    support.assert_same(root, reference, [caught], only + "-*")
 
 
 def test_what_sbatch_refuses_is_named(slurm, corpus, tmp_path):

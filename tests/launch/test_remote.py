@@ -1,16 +1,18 @@
 """What launchers to other machines share, and what of the Slurm launcher needs no Slurm."""
 
+import fcntl
 import json
 import pickle
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from fbi.errors import InputError
 from fbi.launch.job import Job
 from fbi.launch.launchers import LAUNCHERS, parse
-from fbi.launch.ray import Ray
+from fbi.launch.ray import Ray, carry_out
 from fbi.launch.remote import Stops, absolute, give_up, levels, optional, pairs
 from fbi.launch.slurm import Slurm, _left, _settled
 from fbi.launch.slurm_task import CarryOut
@@ -52,6 +54,16 @@ def test_pairs():
 def test_ray_names_a_wrong_option(tmp_path, option, says):
     with pytest.raises(InputError, match=says):
         parse(f"ray:{option}").launch([job(tmp_path, "a")], lambda: None, threading.Event())
+
+
+def test_a_ray_task_leaves_a_run_to_the_process_that_has_it(tmp_path, monkeypatch):
+    one = job(tmp_path, "a", done_json="{}")
+    monkeypatch.chdir(tmp_path)
+    with (one.directory / ".claim").open("a") as claim:
+        fcntl.flock(claim, fcntl.LOCK_EX)
+        assert carry_out(one, str(one.directory), {}) == "busy"
+    assert carry_out(one, str(tmp_path / "not here"), {}) == "done"
+    assert Path.cwd() == one.directory  # where the sweep was launched, as far as it is there
 
 
 def test_levels_put_needed_jobs_first_and_leave_out_what_is_not_asked_for(tmp_path):
