@@ -51,6 +51,7 @@ def test_runs_that_lose_their_process_or_their_node_go_on(cluster, corpus, refer
         cluster.remove_node(lost, allow_graceful=False)
         support.until(lambda: not executor.is_running(), "the worker of the lost node ends", 120)
         second.let_go()  # if Ray's worker has not killed it
+        cluster.add_node(num_cpus=1)
         assert sweep.end() == 0, sweep.words
     assert "stopped at step" in support.starts(first.directory)[0]  # it saved a checkpoint
     support.assert_same(root, reference, [first, second])
