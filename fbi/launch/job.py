@@ -105,7 +105,7 @@ def _run(job: Job, claim: int, environment: Mapping[str, str], stop: Callable[[]
             env=environment,
             pass_fds=(claim,),
             start_new_session=True,  # Ctrl-C reaches the launcher alone, which asks each process once
-            preexec_fn=_die_with_parent,
+            preexec_fn=_prepare,
         )
     running = {"host": platform.node(), "pid": process.pid, "executor": os.getpid(), "since": time.time()}
     write_json(job.directory / RUNNING, running)
@@ -133,8 +133,14 @@ def _run(job: Job, claim: int, environment: Mapping[str, str], stop: Callable[[]
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
-def _die_with_parent() -> None:
-    """In the new process: SIGTERM, which saves a checkpoint, when whoever started it is killed."""
+def _prepare() -> None:
+    """In the new process: SIGTERM, which saves a checkpoint, when whoever started it is killed.
+
+    SIGUSR1 and SIGUSR2 are for whoever started it: queueing systems announce with them, to every process of a job, that
+    its time is up, and it would die of them.
+    """
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

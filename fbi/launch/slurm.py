@@ -57,9 +57,13 @@ class Slurm:
         """
         schedule = Schedule(jobs, cancelled.is_set)
         schedule.waiting.clear()  # Slurm decides what is next
-        for job in jobs:
-            outcome = _settled(job)
-            schedule.end(job, outcome) if outcome else schedule.taken.add(job)
+        lost: set[Path] = set()
+        for job in jobs:  # needed ones come first
+            if outcome := "failed" if lost.intersection(job.needs) else _settled(job):
+                schedule.end(job, outcome)
+                lost |= {job.directory} if outcome == "failed" else set()
+            else:
+                schedule.taken.add(job)
         folder = jobs[0].directory.parent.resolve() / "slurm"
         queue = self._submit([job for job in jobs if job in schedule.taken], folder)
         if queue:

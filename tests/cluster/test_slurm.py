@@ -35,30 +35,44 @@ def scontrol(*arguments):
     return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, timeout=120)
 
 
-def test_a_requeued_run_goes_on_where_it_was(slurm, corpus, reference, tmp_path):
+def start_now(number):
+    """Slurm lets a requeued job wait for two minutes, unless it is told not to."""
+    support.until(lambda: "JobState=PENDING" in scontrol("show", "job", number).stdout, "it waits again", 180)
+    support.until(lambda: scontrol("update", f"jobid={number}", "starttime=now").returncode == 0, "an update", 60)
+
+
+def test_requeued_runs_go_on_where_they_were(slurm, corpus, reference, tmp_path):
     root = tmp_path / "sweep"
     with support.Sweep(root, "slurm:wait=false,time=120", corpus) as sweep:
         assert sweep.end() == 0, sweep.words
     submitted = json.loads((root / "slurm/queue.json").read_text())
     assert len(submitted) == support.RUNS
     assert len({number.partition("_")[0] for number in submitted.values()}) == 2  # an array of those that need others
+
+    def number(caught):
+        return submitted[caught.directory.name]
+
     with support.Sweep(root, "slurm:time=120", corpus) as sweep:  # waits for those that are in the queue
-        caught = sweep.catch()
-        number = submitted[caught.directory.name]
-        requeued = scontrol("requeue", number)
+        first = sweep.catch()
+        requeued = scontrol("requeue", number(first))
         assert requeued.returncode == 0, requeued.stderr
-        caught.let_go()
-        support.until(lambda: "JobState=PENDING" in scontrol("show", "job", number).stdout, "it waits again", 120)
-        # Slurm lets a requeued job wait for two minutes, unless it is told not to
-        support.until(lambda: scontrol("update", f"jobid={number}", "starttime=now").returncode == 0, "an update", 60)
-        restarted = support.until(lambda: len(support.starts(caught.directory)) == 2, "its second start")
-        assert restarted
-        assert re.search(r"\bRestarts=1\b", scontrol("show", "job", number).stdout)
+        first.let_go()
+        start_now(number(first))
+        second = sweep.catch(lambda directory, running: directory != first.directory)
+        # what Slurm sends, to all processes of a job, some time before its time limit
+        subprocess.run(["scancel", "--signal=USR2", number(second)], check=True, timeout=120)
+        second.let_go()
+        start_now(number(second))
+        for one in (first, second):
+            support.until(lambda one=one: len(support.starts(one.directory)) == 2, "its second start")
+            assert re.search(r"\bRestarts=1\b", scontrol("show", "job", number(one)).stdout)
         assert sweep.end() == 0, sweep.words
     assert json.loads((root / "slurm/queue.json").read_text()) == submitted
-    said = (root / "slurm" / f"{number}_0_log.out").read_text()
-    assert re.findall(r"SLURM_RESTART_COUNT=(\d)", said) == ["0", "1"]
-    support.assert_same(root, reference, [caught])
+    for one in (first, second):
+        said = (root / "slurm" / f"{number(one)}_0_log.out").read_text()
+        assert re.findall(r"SLURM_RESTART_COUNT=(\d)", said) == ["0", "1"]
+    assert "stopped at step" in support.starts(second.directory)[0]  # it saved a checkpoint
+    support.assert_same(root, reference, [first, second])
 
 
 def test_a_sweep_asked_to_stop_goes_on_later(slurm, corpus, reference, tmp_path):

@@ -128,6 +128,18 @@ def test_a_slurm_job_carries_out_a_run_and_is_done_at_once_when_it_is_done(tmp_p
     assert state_of(broken.directory).note.startswith("exit code 2")
 
 
+def test_what_is_done_or_lost_is_not_submitted(tmp_path):
+    jobs = [
+        job(tmp_path, "done", done_json="{}"),
+        job(tmp_path, "broken", failed_json="{}"),
+        job(tmp_path, "its-student", "broken"),
+        job(tmp_path, "its-student-too", "its-student"),
+    ]
+    schedule = Slurm().launch(jobs, lambda: None, threading.Event())  # asks no Slurm
+    assert list(schedule.outcomes.values()) == ["done", "failed", "failed", "failed"]
+    assert schedule.over
+
+
 def test_how_a_slurm_job_ended_that_is_out_of_the_queue(tmp_path):
     one = job(tmp_path, "a")
     assert _settled(one) is None
