@@ -5,7 +5,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
-.PHONY: install demo test lint types bench methods-table methods-doc notebook repro clean
+.PHONY: install demo test test-cluster lint types bench methods-table methods-doc notebook repro clean
 
 install: .venv/installed
 
@@ -18,7 +18,12 @@ demo: install
 	$(BIN)/fbi demo
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+# Sweeps on a Ray of three nodes and a Slurm, both of this machine; as root on Debian, whose packages of Slurm it installs.
+test-cluster: install
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[ray,slurm]'
+	$(BIN)/python -m pytest -q --durations=10 tests/cluster
 
 lint: install
 	$(BIN)/ruff check .
@@ -43,6 +48,7 @@ repro: install
 methods-doc: install
 	$(BIN)/python -m fbi.quant.catalogue > docs/methods.md
 
+# The tour as a page; the tests run every notebook as the plain script that it is.
 notebook: install
 	$(BIN)/jupytext --to ipynb --set-kernel python3 --execute --output .cache/01_quantizers.ipynb notebooks/01_quantizers.py
 	$(BIN)/jupyter nbconvert --to html --output-dir docs --output 01_quantizers .cache/01_quantizers.ipynb

@@ -35,8 +35,8 @@ def sweep(
         only: Glob over the names of runs; those that the chosen ones need (teachers) come along.
         assignments: Replaces a field of every run, such as steps=10; that makes them other runs.
         scale: mini (this machine), paper (the published sizes), smoke (seconds a run).
-        launcher: Where the runs are executed, with its options: local:slots=2, ray:address=auto, slurm, sky, or none,
-            which only plans and shows them.
+        launcher: Where the runs are executed, with its options: local:slots=2, ray:address=auto, slurm:time=60,
+            sky:bucket=NAME (writes files and starts nothing), or none, which only plans and shows the runs.
         root: The folder that gets the run directories; by default runs/NAME.
     """
     from fbi.launch import plan as planning
@@ -166,10 +166,12 @@ def _launch(path: Path, jobs: "Sequence[Job]", launcher: str) -> None:
     old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with Watch(jobs) as watch:
-            chosen.launch(jobs, watch, cancelled)
+            schedule = chosen.launch(jobs, watch, cancelled)
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+    if not schedule.over:
+        return  # with a queue that outlives this process, or only written down, as the launcher has said
     found = states(jobs)
     failed = [job for job in jobs if (job.directory / FAILED).exists()]
     if failed:

@@ -6,7 +6,6 @@ executor and by the process together: while either lives, nobody else starts the
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import fcntl
 import os
@@ -21,13 +20,13 @@ from typing import Any, Literal
 
 from fbi.errors import InputError
 from fbi.files import cache_root, write_json
+from fbi.launch.leash import EXECUTOR
 from fbi.report.state import CLAIM, FAILED, HEARTBEAT, LOG, RUNNING, STOP, tail
 
 Outcome = Literal["done", "failed", "stopped", "busy"]
 EXIT_STOPPED = 75  # of `fbi train` after a signal: its checkpoint is on disk
 POLL = 0.2  # seconds between looks at the process
 GRACE = 120.0  # seconds that a process has for its checkpoint after it was asked to stop
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +66,9 @@ def execute(
         stop = lambda: stopping() or (job.directory / STOP).exists()  # noqa: E731
         if stop():
             return "stopped"
-        code = _run(job, claim, {**_compiled(), **os.environ, **(environment or {})}, stop)
+        code = _run(job, claim, {**_compiled(), **os.environ, **(environment or {}), EXECUTOR: str(os.getpid())}, stop)
         (job.directory / RUNNING).unlink(missing_ok=True)
-        if code == 0 and (job.directory / "done.json").exists():
+        if (job.directory / "done.json").exists():  # whatever befell the process after it
             return "done"
         if code == EXIT_STOPPED or stop():
             return "stopped"
@@ -105,7 +104,6 @@ def _run(job: Job, claim: int, environment: Mapping[str, str], stop: Callable[[]
             env=environment,
             pass_fds=(claim,),
             start_new_session=True,  # Ctrl-C reaches the launcher alone, which asks each process once
-            preexec_fn=_die_with_parent,
         )
     running = {"host": platform.node(), "pid": process.pid, "executor": os.getpid(), "since": time.time()}
     write_json(job.directory / RUNNING, running)
@@ -128,15 +126,6 @@ def _run(job: Job, claim: int, environment: Mapping[str, str], stop: Callable[[]
             process.kill()
             process.wait()
     return process.returncode
-
-
-_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-
-def _die_with_parent() -> None:
-    """In the new process: SIGTERM, which saves a checkpoint, when whoever started it is killed."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _compiled() -> dict[str, str]:

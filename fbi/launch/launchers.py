@@ -13,6 +13,9 @@ from fbi.launch.schedule import Schedule
 # name: where its class is; imported when it is wanted, so that what it needs need not be installed
 LAUNCHERS = {
     "local": ("fbi.launch.local", "Local"),
+    "ray": ("fbi.launch.ray", "Ray"),
+    "slurm": ("fbi.launch.slurm", "Slurm"),
+    "sky": ("fbi.launch.sky", "Sky"),
 }
 
 
