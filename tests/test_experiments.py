@@ -56,6 +56,22 @@ def test_a_shrunken_experiment_trains_and_reports(name, tmp_path):
     assert "not finished" in page(results)
 
 
+def test_the_guide_s_experiment_is_whole_and_short(tmp_path):
+    recipe = (HOME / "CONTRIBUTING.md").read_text().partition("## Add an experiment")[2]
+    (code,) = re.findall(r"```python\n(.*?)```", recipe, re.DOTALL)
+    assert len(code.splitlines()) <= 30
+    (tmp_path / "guide").mkdir()
+    (tmp_path / "guide" / "mine.py").write_text(code)
+    made = plan(tmp_path / "guide" / "mine.py", tmp_path / "runs", scale="smoke")
+    made.write()
+    assert sorted(planned.name for planned in made.sweep.runs) == [
+        f"shift-{on}-s{seed}" for on in ("false", "true") for seed in range(3)]  # fmt: skip
+    for run in made.runs.values():
+        check(run, EXECUTION)
+    (results,) = read(tmp_path / "runs")
+    assert tables(results)[1].cells()[0][-1] == "pending"
+
+
 @pytest.mark.parametrize("name", PAPERS)
 def test_paper_scale_is_planned_and_estimated(name, tmp_path):
     made = plan(HOME / f"experiments/{name}.py", tmp_path, scale="paper")
