@@ -26,6 +26,7 @@ from fbi.model.decoder import segments
 from fbi.optim.groups import is_scale
 from fbi.policy import NONE, Methods
 from fbi.train import mesh as meshes
+from fbi.train import sinks
 from fbi.train.checkpoint import Checkpoints
 from fbi.train.load import build_model, check_teacher, load_teacher, starting_params
 from fbi.train.loop import Loop
@@ -92,6 +93,7 @@ def check(run: Run, execution: Execution = Execution()) -> None:
     if run.data.window > run.model.context:
         raise InputError(f"data.window={run.data.window} exceeds model.context={run.model.context}; lower it")
     diagnostic_names(execution.diagnostics)
+    sinks.names(execution.sinks)
     meshes.check(meshes.parse(execution.mesh, jax.device_count()), run.model, run.data.batch, execution.accumulate)
 
 
@@ -207,7 +209,10 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
             by_batch = {name: on_part(measure, execution.accumulate) for name, measure in measures.items()}
             diagnostics = Diagnostics(model, execution.diagnostics, by_batch)
         try:
-            with Reporter(run.name, run.steps, line_every=execution.line_every) as reporter:
+            with (
+                Reporter(run.name, run.steps, line_every=execution.line_every) as reporter,
+                sinks.opened(execution.sinks, run, directory) as opened,
+            ):
                 final: list[dict[str, Any]] = []
                 state = Loop(
                     run=run,
@@ -223,7 +228,7 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
                     evaluate=lambda *at: final.__setitem__(slice(None), rows(*at)) or final,
                     learning_rate=lambda step: float(schedule(step)),
                     checkpoints=checkpoints,
-                    metrics=Metrics(directory / "metrics.jsonl"),
+                    metrics=Metrics(directory / "metrics.jsonl", opened),
                     reporter=reporter,
                     diagnostics=diagnostics,
                 ).train()

@@ -84,6 +84,8 @@ class Execution:
     """Steps of which every multiple gets rows of diagnostics in metrics.jsonl, by site and of all; 0: none."""
     diagnostics: str = "flips,entropy,margin,error"
     """Which, joined by commas; also masked, activations, alignment (these three cost more)."""
+    sinks: str = ""
+    """Dashboards that get the numbers as well: tensorboard, trackio, joined by commas."""
     line_every: float = 10.0
     """Seconds between progress lines where standard output is not a terminal."""
 

@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import jax
 from fbi.errors import InputError
 from fbi.files import make_directory, read_json, write_json, write_text
 from fbi.train.run import FORMAT, Execution, Run, differences, from_json, to_json
+from fbi.train.sinks import Sink, numbers
 
 PACKAGES = ("fbi", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
@@ -135,8 +136,8 @@ def environment(execution: Execution) -> dict[str, Any]:
 class Metrics:
     """metrics.jsonl, the record of a run: one JSON object a line, appended."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, sinks: Sequence[Sink] = ()):
+        self.path, self.sinks = path, sinks
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds a row and flushes it; an `InputError` where the disk refuses."""
@@ -145,6 +146,8 @@ class Metrics:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}; free some space and start again") from error
+        for sink in self.sinks:
+            sink.add(row["step"], numbers(row))
 
     def rewind(self, step: int, keep_events: bool = False) -> None:
         """Cuts what lies past a restored step: later rows, a torn last line, and the events since that checkpoint.
