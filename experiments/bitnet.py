@@ -45,7 +45,7 @@ def runs() -> list[Run]:
 
 def paper() -> list[Run]:
     """b1.58 and its full-precision twin at three published sizes."""
-    optimizer = OptimizerConfig(schedule="two-stage", b1=0.9, b2=0.95, warmup=375, weight_decay=0.1)
+    optimizer = OptimizerConfig(schedule="two-stage", b1=0.9, b2=0.95, warmup=375.0, weight_decay=0.1)
     base = scaled(MINI, corpus="text:redpajama", tokenizer="llama2/tokenizer.json", window=2048, batch=SEQUENCES,
                   steps=STEPS, optimizer=optimizer)  # fmt: skip
     sizes = {size: {"model": preset(name), "optimizer.lr": first, "optimizer.second_lr": second}
