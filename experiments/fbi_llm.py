@@ -45,7 +45,9 @@ def runs() -> list[Run]:
 
 def paper() -> list[Run]:
     """The three published sizes, taught by Llama-2-7B; text and weights are named, not shipped."""
-    optimizer = OptimizerConfig(lr=3e-4, warmup=2000.0, final=0.1, b1=0.9, b2=0.95, weight_decay=0.1, decay="everything")
+    optimizer = OptimizerConfig(
+        lr=3e-4, warmup=2000.0, final=0.1, b1=0.9, b2=0.95, weight_decay=0.1, decay="everything"
+    )
     base = scaled(MINI, corpus="text:amber", tokenizer="llama2/tokenizer.json", window=2048, optimizer=optimizer)
     sizes = {size: {"model": preset(model), "data.batch": batch, "steps": AMBER // batch}
              for size, (model, batch) in SIZES.items()}  # fmt: skip

@@ -9,9 +9,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def rows(found: Cost) -> list[list[str | float | None]]:
+def rows(found: Cost) -> list[list[str | int | float | None]]:
     """A row for each kind of product and one of all, under `COLUMNS`."""
-    table: list[list[str | float | None]] = [
+    table: list[list[str | int | float | None]] = [
         [p.site, p.times, p.macs / 1e9, p.weight_bits, p.activation_bits, p.bit_operations / 1e9,
          *(1e3 * p.energy[nm].total for nm in (45, 7))]
         for p in found.products
