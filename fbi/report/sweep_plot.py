@@ -15,17 +15,17 @@ from fbi.report.runs import points
 from fbi.report.sweep import Results
 
 MOST_LINES = 14  # of a picture that nobody asked for
+_ROOM = (70, 9)  # pixels that a name takes up, at matplotlib's 100 to the inch
 
 
 def draw(figure: spec.Figure, found: Sequence[Found], path: str | os.PathLike[str] | None = None) -> Canvas:
     """The figure, saved to `path` where that is given; an `InputError` where none of its runs has anything to draw."""
     canvas = new_figure(7.2, 4.8)
     axes = canvas.add_subplot()
+    axes.set_xscale("log" if figure.log_x else "linear")
     drawn = _curves(axes, figure, found) if figure.kind == "curves" else _measures(axes, figure, found)
     if not drawn:
         raise InputError(f"figure {figure.name!r}: none of its runs has {figure.y!r} yet; wait for the first to finish")
-    if figure.log_x:
-        axes.set_xscale("log")
     axes.set_xlabel(figure.x_label or ("training step" if figure.kind == "curves" else figure.x))
     axes.set_ylabel(figure.y_label)
     axes.set_title(figure.title, loc="left", fontsize="medium")
@@ -38,7 +38,7 @@ def draw(figure: spec.Figure, found: Sequence[Found], path: str | os.PathLike[st
 
 def _measures(axes, figure: spec.Figure, found: Sequence[Found]) -> int:
     """Points with error bars: a configuration each, mean and standard deviation over its seeds."""
-    drawn = 0
+    drawn, named = 0, []
     for index, line in enumerate(figure.lines):
         colour, marker = style(index)
         groups: dict[str, list[Found]] = {}
@@ -57,10 +57,20 @@ def _measures(axes, figure: spec.Figure, found: Sequence[Found]) -> int:
         axes.errorbar(xs, ys, yerr=spreads, color=colour, marker=marker, linestyle=joined, markersize=5, capsize=2,
                       label=line.label, gid=line.label)  # fmt: skip
         if figure.kind == "scatter":
-            for x, y, name in zip(xs, ys, names, strict=True):
-                axes.annotate(short(name, 24), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6)
+            named += zip(xs, ys, names, strict=True)
         drawn += 1
+    _label(axes, named)
     return drawn
+
+
+def _label(axes, named: Sequence[tuple[float, float, str]]) -> None:
+    """Writes names beside points, where no name stands yet: in a crowd the first of each spot speaks for it."""
+    placed: list[tuple[float, float]] = []
+    for x, y, name in named:
+        across, down = axes.transData.transform((x, y))
+        if all(abs(across - a) > _ROOM[0] or abs(down - d) > _ROOM[1] for a, d in placed):
+            axes.annotate(short(name, 24), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6)
+            placed.append((across, down))
 
 
 def _curves(axes, figure: spec.Figure, found: Sequence[Found]) -> int:
