@@ -25,12 +25,13 @@ print({found.sweep.name: len(found.found) for found in results})
 
 # %%
 MEASURES = ("loss", "bits_per_byte", "summary.stored_bits_per_weight", "config.model.layers", "train.grad_norm")
-frame = pd.DataFrame(
+rows = [
     {"sweep": found.sweep.name, "configuration": run.group, "seed": run.seed}
     | {name: measure(run.record, name) for name in MEASURES}
     for found in results
     for run in found.found
-)
+]
+frame = pd.DataFrame(rows, columns=["sweep", "configuration", "seed", *MEASURES])
 display(frame.groupby(["sweep", "configuration"])["loss"].agg(["mean", "std", "count"]).round(4))
 
 # %% [markdown]
