@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import write_run
+from run_files import write_run
 
 from fbi.cli import main
 from fbi.errors import InputError
