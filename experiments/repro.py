@@ -7,16 +7,14 @@ Cost: at most 120 runs of about a minute on one core.
 """
 
 import argparse
-import signal
 import sys
-import threading
 from pathlib import Path
 
 from fbi.errors import InputError
 from fbi.files import write_json, write_text
 from fbi.launch import launchers, plan
+from fbi.launch.conduct import conduct
 from fbi.launch.job import Job
-from fbi.launch.watch import Watch
 from fbi.report import spec
 from fbi.report.archive import pack, unpack
 from fbi.report.page import page
@@ -84,11 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         p.write()
     wanted = jobs(made)
     print(f"{len(wanted)} runs, {restore(wanted, options.out / PACKED)} brought back from {options.out / PACKED}")
-    cancelled = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: cancelled.set())
-    with Watch(wanted) as watch:
-        schedule = launchers.parse(options.launcher).launch(wanted, watch, cancelled)
+    schedule = conduct(wanted, launchers.parse(options.launcher))
     keep(made, options.out)
     print(f"tables, pictures and verdicts in {options.out}")
     return 0 if set(schedule.outcomes.values()) <= {"done"} else 1

@@ -98,9 +98,10 @@ def show(
 
 
 def _read(place: Path):
+    from fbi.report.spec import runs_of
     from fbi.report.sweep import read
 
-    found = read(Path("runs") / place.stem if place.suffix == ".py" else place)
+    found = read(runs_of(place))
     for results in found:
         for warning in results.warnings:
             print(f"fbi: warning: {warning}", file=sys.stderr)

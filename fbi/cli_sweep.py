@@ -1,5 +1,6 @@
 """The commands of a sweep: `fbi sweep`, `status`, `stop`, `retry`. Only `sweep` and `retry` start anything."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from fbi.errors import InputError
+from fbi.errors import EXIT_STOPPED, InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fbi.launch.job import Job
 
 Place = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT")]
@@ -42,7 +45,7 @@ def sweep(
     from fbi.launch import plan as planning
 
     planned = planning.plan(
-        experiment, root, scale=scale, assignments=assignments, command=f"fbi {' '.join(sys.argv[1:])}"
+        experiment, root, scale=scale, assignments=assignments, command=f"fbi {shlex.join(sys.argv[1:])}"
     )
     jobs = planning.jobs(planned.sweep, planned.root, only)
     planned.write()
@@ -108,13 +111,11 @@ def status(place: Place, only: str = "*", every: float = 0.0) -> None:
     """
     import time
 
-    from rich.console import Console
-
     from fbi.launch import plan as planning
     from fbi.launch.watch import Watch, states, table
     from fbi.report.spec import read_sweep
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = _console()
     for path in _sweeps(place):
         jobs = planning.jobs(read_sweep(path), path.parent, only)
         if every > 0:
@@ -126,11 +127,18 @@ def status(place: Place, only: str = "*", every: float = 0.0) -> None:
         console.print(table(states(jobs)))
 
 
+def _console() -> "Console":
+    """As wide as the terminal; where the output goes elsewhere, wide enough for a table."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
 def _sweeps(place: Path) -> list[Path]:
     """The files of the planned sweeps that a command's argument names."""
-    from fbi.report.spec import find_sweeps
+    from fbi.report.spec import find_sweeps, runs_of
 
-    found = find_sweeps(Path("runs") / place.stem if place.suffix == ".py" else place)
+    found = find_sweeps(runs_of(place))
     if not found:
         raise InputError(f"{place} holds no sweep; `fbi sweep experiments/NAME.py` plans one in runs/NAME")
     return found
@@ -138,38 +146,15 @@ def _sweeps(place: Path) -> list[Path]:
 
 def _launch(path: Path, jobs: "Sequence[Job]", launcher: str) -> None:
     """Carries jobs out, showing them; ends the command with 1 where some failed, 75 where it was stopped."""
-    import signal
-    import threading
-
-    from rich.console import Console
-
     from fbi.launch import launchers
-    from fbi.launch.job import EXIT_STOPPED
-    from fbi.launch.watch import Watch, states, table
-    from fbi.report.state import FAILED, STOP
+    from fbi.launch.conduct import conduct
+    from fbi.launch.watch import states, table
+    from fbi.report.state import FAILED
 
     if launcher == "none":
-        Console(width=None if sys.stdout.isatty() else 160).print(table(states(jobs)))
+        _console().print(table(states(jobs)))
         return
-    chosen = launchers.parse(launcher)
-    for job in jobs:
-        (job.directory / STOP).unlink(missing_ok=True)
-    cancelled = threading.Event()
-
-    def ask(number: int, frame: object) -> None:
-        del number, frame
-        if cancelled.is_set():
-            raise KeyboardInterrupt  # the processes save a checkpoint when their parent dies
-        cancelled.set()
-        print("stopping: each running run saves a checkpoint; once more to leave at once", flush=True)
-
-    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with Watch(jobs) as watch:
-            schedule = chosen.launch(jobs, watch, cancelled)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    schedule = conduct(jobs, launchers.parse(launcher))
     if not schedule.over:
         return  # with a queue that outlives this process, or only written down, as the launcher has said
     found = states(jobs)

@@ -11,10 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import tyro
 
-from fbi.errors import InputError
-
-EXIT_INPUT = 2  # something was wrong with the input; one line on standard error says what
-EXIT_STOPPED = 75  # stopped by a signal, the checkpoint is on disk: the same command continues
+from fbi.errors import EXIT_INPUT, EXIT_STOPPED, InputError
 
 
 def run(commands: Mapping[str, Callable[..., None]], description: str, arguments: Sequence[str]) -> int:

@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+EXIT_INPUT = 2  # something was wrong with the input; one line on standard error says what
+EXIT_STOPPED = 75  # stopped by a signal, the checkpoint is on disk: the same command continues
+
 
 class InputError(ValueError):
     """Bad input: a file, a config, a flag or a checkpoint. Its text names the value, what is allowed and the remedy."""

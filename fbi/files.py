@@ -1,6 +1,7 @@
 """Files that are whole or absent: atomic writes, hashes of inputs, the cache folder."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fbi.errors import InputError
 
@@ -36,6 +37,25 @@ def make_directory(path: Path) -> Path:
     except OSError as error:
         raise InputError(f"cannot create the folder {path}: {error.strerror}; choose a writable place") from error
     return path
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[IO[str] | None]:
+    """Holds a lock file for this process and those it hands the open file to; gives None where another holds it.
+
+    The system drops the lock with the last of them, however they end. An `InputError` where the file cannot be made.
+    """
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise InputError(f"cannot write in {path.parent}: {error.strerror}; choose a writable place") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+        else:
+            yield file
 
 
 def write_text(path: Path, text: str) -> None:

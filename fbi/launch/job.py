@@ -7,24 +7,22 @@ executor and by the process together: while either lives, nobody else starts the
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from fbi.errors import InputError
-from fbi.files import cache_root, write_json
+from fbi.errors import EXIT_STOPPED
+from fbi.files import cache_root, claimed, write_json
 from fbi.launch.leash import EXECUTOR
 from fbi.report.state import CLAIM, FAILED, HEARTBEAT, LOG, RUNNING, STOP, tail
 
 Outcome = Literal["done", "failed", "stopped", "busy"]
-EXIT_STOPPED = 75  # of `fbi train` after a signal: its checkpoint is on disk
 POLL = 0.2  # seconds between looks at the process
 GRACE = 120.0  # seconds that a process has for its checkpoint after it was asked to stop
 
@@ -56,7 +54,7 @@ def execute(
     It is asked to stop, with a checkpoint, as soon as `stopping()` or a file `stop` in its directory says so, and when
     the process that called this dies. Safe to call again at any time: what is done stays done.
     """
-    with _claimed(job.directory) as claim:
+    with claimed(job.directory / CLAIM) as claim:
         if claim is None:
             return "busy"
         if (job.directory / "done.json").exists():
@@ -66,7 +64,9 @@ def execute(
         stop = lambda: stopping() or (job.directory / STOP).exists()  # noqa: E731
         if stop():
             return "stopped"
-        code = _run(job, claim, {**_compiled(), **os.environ, **(environment or {}), EXECUTOR: str(os.getpid())}, stop)
+        code = _run(
+            job, claim.fileno(), {**_compiled(), **os.environ, **(environment or {}), EXECUTOR: str(os.getpid())}, stop
+        )
         (job.directory / RUNNING).unlink(missing_ok=True)
         if (job.directory / "done.json").exists():  # whatever befell the process after it
             return "done"
@@ -74,22 +74,6 @@ def execute(
             return "stopped"
         write_json(job.directory / FAILED, _failure(job, code))
         return "failed"
-
-
-@contextlib.contextmanager
-def _claimed(directory: Path) -> Iterator[int | None]:
-    """The descriptor of the claim, held; None where another process holds it."""
-    try:
-        file = (directory / CLAIM).open("a")
-    except OSError as error:
-        raise InputError(f"cannot write in {directory}: {error.strerror}; choose a writable place") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-        else:
-            yield file.fileno()
 
 
 def _run(job: Job, claim: int, environment: Mapping[str, str], stop: Callable[[], bool]) -> int:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from fbi.errors import InputError
-from fbi.launch.job import Job, execute
+from fbi.launch.job import POLL, Job, execute
 from fbi.launch.schedule import Schedule
 
-Watch = Callable[[], None]  # called about once a second
+Place = tuple[set[int], dict[str, str]]  # the cores of a slot (empty: all) and its environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,40 +26,48 @@ class Local:
     pin: Literal["auto", "cores", "gpu", "tpu", "none"] = "auto"
     """What a slot gets to itself: a share of the cores, a GPU, a TPU chip; auto: GPUs where there are some."""
 
-    def launch(self, jobs: Sequence[Job], watch: Watch, cancelled: threading.Event) -> Schedule:
+    def launch(self, jobs: Sequence[Job], watch: Callable[[], None], cancelled: threading.Event) -> Schedule:
         """Carries out the jobs and returns how they ended; after `cancelled` is set the running ones stop cleanly."""
-        schedule = Schedule(jobs, cancelled.is_set)
-        threads = [
-            threading.Thread(target=_work, args=(schedule, cancelled, cores, environment), name=f"slot-{index}")
-            for index, (cores, environment) in enumerate(places(self.slots, self.pin))
+        schedule, errors = Schedule(jobs, cancelled.is_set), []
+        threads = [  # daemons, so that the main thread may leave at once: that ends the processes, with a checkpoint
+            threading.Thread(target=_work, args=(schedule, cancelled, place, errors), name=f"slot-{i}", daemon=True)
+            for i, place in enumerate(places(self.slots, self.pin))
         ]
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads):
             watch()
-            threads[0].join(0.2) if threads[0].is_alive() else time.sleep(0.2)
+            time.sleep(POLL)
         watch()
+        if errors:
+            raise errors[0]
         return schedule
 
 
-def _work(schedule: Schedule, cancelled: threading.Event, cores: set[int], environment: dict[str, str]) -> None:
-    """One slot: takes jobs until there are none. The process of a job inherits the cores of this thread."""
+def _work(schedule: Schedule, cancelled: threading.Event, place: Place, errors: list[Exception]) -> None:
+    """One slot: takes jobs until there are none. The process of a job inherits the cores of this thread.
+
+    A job that could not even be started holds up no other; why goes to `errors`.
+    """
+    cores, environment = place
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
     while not schedule.over:
         job = schedule.take()
         if job is None:
-            time.sleep(0.2)
+            time.sleep(POLL)
             continue
         outcome = "failed"
         try:
             outcome = execute(job, environment=environment, stopping=cancelled.is_set)
+        except (InputError, OSError) as error:
+            errors.append(error)
         finally:
             schedule.end(job, outcome)
 
 
-def places(slots: int, pin: str) -> list[tuple[set[int], dict[str, str]]]:
-    """For each slot its cores (empty: all) and its environment; an `InputError` where the machine has too few."""
+def places(slots: int, pin: str) -> list[Place]:
+    """A place for each slot; an `InputError` where the machine has too few."""
     if slots < 1:
         raise InputError(f"slots is {slots}; it must be at least 1")
     if pin == "auto":

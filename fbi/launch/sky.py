@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from fbi.errors import InputError
+from fbi.errors import EXIT_STOPPED, InputError
 from fbi.files import write_text
-from fbi.launch.job import EXIT_STOPPED, Job
+from fbi.launch.job import Job
 from fbi.launch.remote import levels
 from fbi.launch.schedule import Schedule
 

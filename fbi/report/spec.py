@@ -134,6 +134,11 @@ def read_sweep(path: Path) -> Sweep:
         raise InputError(f"{path} is damaged: {error}; `fbi sweep` writes it anew") from error
 
 
+def runs_of(place: Path) -> Path:
+    """The folder that an experiment's file gets its runs in, `runs/NAME`; any other place is itself."""
+    return Path("runs") / place.stem if place.suffix == ".py" else place
+
+
 def find_sweeps(place: Path) -> list[Path]:
     """The files of sweeps that `place` names: itself, or those in a folder, sorted."""
     if place.is_dir():

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -16,7 +15,7 @@ from typing import Any
 import jax
 
 from fbi.errors import InputError
-from fbi.files import make_directory, read_json, write_json, write_text
+from fbi.files import claimed, make_directory, read_json, write_json, write_text
 from fbi.train.run import FORMAT, Execution, Run, differences, from_json, to_json
 from fbi.train.sinks import Sink, numbers
 
@@ -31,15 +30,9 @@ def locked(directory: Path) -> Iterator[None]:
     """
     made = not directory.exists()
     make_directory(directory)
-    try:
-        file = (directory / ".lock").open("w")
-    except OSError as error:
-        raise InputError(f"cannot write in {directory}: {error.strerror}; choose a writable place") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{directory} is in use by another process; wait for it or stop it") from error
+    with claimed(directory / ".lock") as lock:
+        if lock is None:
+            raise InputError(f"{directory} is in use by another process; wait for it or stop it")
         try:
             yield
         finally:

@@ -1,5 +1,6 @@
 """Sweeps on this machine, with real processes: killed, stopped, shared by two launchers, failing."""
 
+import os
 import signal
 
 import pytest
@@ -122,9 +123,38 @@ def test_a_failed_run_shows_its_log_holds_up_nothing_else_and_can_be_retried(tmp
 
 def test_a_process_outlives_no_launcher(home, cache):
     fbi, root = Fbi(home, cache), home / "orphan"
-    with fbi.started(*SWEEP, "--root", "orphan", "--only", "fp-s0") as launcher:
-        directory = until(lambda: next((d for d in workers(root) if 0 < steps(d) < STEPS), None), "a run in its middle")
+    endless = (*SWEEP, "--root", "orphan", "--only", "fp-s0", "--set", "steps=1000000")
+    with fbi.started(*endless) as launcher:
+        directory = until(lambda: next((d for d in workers(root) if steps(d) > 0), None), "a run on its way")
         kill(launcher.pid)
-    until(lambda: "stopped at step" in (directory / "log.txt").read_text() or (directory / "done.json").exists(),
-          "the end of its process")  # fmt: skip
+    until(lambda: "stopped at step" in (directory / "log.txt").read_text(), "the end of its process")
     assert not (directory / "failed.json").exists()
+
+
+def test_a_second_signal_leaves_at_once_and_the_process_saves_a_checkpoint(home, cache):
+    fbi, root = Fbi(home, cache), home / "twice"
+    endless = (*SWEEP, "--root", "twice", "--only", "fp-s0", "--set", "steps=1000000")
+    with fbi.started(*endless) as launcher:
+        directory, pid = until(
+            lambda: next((item for item in workers(root).items() if steps(item[0]) > 0), None), "a run on its way"
+        )
+        os.kill(pid, signal.SIGSTOP)  # it cannot answer the first request
+        launcher.send_signal(signal.SIGINT)
+        until(lambda: "each running run saves a checkpoint" in launcher.stdout.readline(), "the answer to the first")
+        launcher.send_signal(signal.SIGINT)
+        assert launcher.wait(PATIENCE) == 130
+        os.kill(pid, signal.SIGCONT)
+    until(lambda: "stopped at step" in (directory / "log.txt").read_text(), "the end of its process")
+
+
+def test_a_run_that_cannot_be_started_holds_up_no_other(home, cache):
+    fbi, root = Fbi(home, cache), home / "blocked"
+    chosen = ("sweep", "experiments/tiny.py", "--root", "blocked", "--only", "fp-s*", "--launcher")
+    assert fbi.run(*chosen, "none")[0] == 0
+    (blocked,) = root.glob("fp-s0-*")
+    (blocked / ".claim").mkdir()  # a folder cannot be opened as the lock
+    code, output = fbi.run(*chosen, "local:slots=2")
+    assert code == 2
+    assert f"fbi: error: cannot write in {blocked.relative_to(home)}: Is a directory" in output
+    assert "Traceback" not in output
+    assert len(done(root)) == 2
