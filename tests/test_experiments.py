@@ -117,6 +117,14 @@ def test_an_outlay_is_six_operations_a_parameter_and_token_and_the_attention():
             outlay(big, {"data": rows}, chip, share)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "says"), [("data=x", "not a whole number"), ("tensor=2", "valid: data, model"), ("data=3", "multiple")]
+)
+def test_an_estimate_for_a_bad_mesh_is_one_line(mesh, says):
+    with pytest.raises(InputError, match=says):
+        table(HOME / "experiments/quest.py", "paper", mesh, "v5p", 0.4)
+
+
 @pytest.mark.parametrize("name", ["01_quantizers", "02_train_tiny", "03_read_a_sweep"])
 def test_a_notebook_runs_from_top_to_bottom(name):
     environment = {**os.environ, "MPLBACKEND": "Agg", "IPYTHONDIR": os.environ.get("TMPDIR", "/tmp")}

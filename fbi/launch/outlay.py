@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
 
 from fbi.analysis.cost import cost
@@ -16,21 +17,8 @@ from fbi.train.run import Run
 PASSES = 3  # forward, and two products of the same size for each in the backward pass
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """An accelerator: dense bfloat16 operations per second and bytes of memory, by its maker's data sheet."""
-
-    flops: float
-    memory: float
-
-
-# Google Cloud TPU documentation (v5e, v5p, v6e); NVIDIA H100 SXM data sheet, without sparsity
-CHIPS = {
-    "v5e": Chip(197e12, 16e9),
-    "v5p": Chip(459e12, 95e9),
-    "v6e": Chip(918e12, 32e9),
-    "h100": Chip(989e12, 80e9),
-}
+# dense bfloat16 operations per second: Google Cloud TPU documentation (v5e, v5p, v6e), NVIDIA H100 SXM data sheet
+CHIPS = {"v5e": 197e12, "v5p": 459e12, "v6e": 918e12, "h100": 989e12}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +70,7 @@ def outlay(run: Run, mesh: dict[str, int], chip: str, utilisation: float, teache
         flops=flops,
         state=state / devices,
         activations=(memory.activations + memory.logits) * run.data.batch / rows / mesh.get("model", 1),
-        hours=flops / (CHIPS[chip].flops * utilisation * devices) / 3600,
+        hours=flops / (CHIPS[chip] * utilisation * devices) / 3600,
     )
 
 
@@ -95,7 +83,7 @@ COLUMNS = (
 
 def table(path: Path, scale: str, mesh: str, chip: str, utilisation: float) -> Table:
     """A row a run of an experiment at a scale, seeds left out; errors as of `outlay` and `plan`."""
-    sizes = parse(mesh, math.prod(int(part.partition("=")[2] or 1) for part in mesh.split(",")))
+    sizes = parse(mesh.strip() or "data=1", sys.maxsize)
     runs = {run.name: run for run in plan(path, scale=scale).runs.values()}
     shapes = {name: run.model for name, run in runs.items()}
     rows = [_row(run, sizes, chip, utilisation, shapes) for run in runs.values() if run.seed == 0]
