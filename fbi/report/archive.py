@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from fbi.errors import InputError
 from fbi.files import make_directory, read_json, write_json, write_text
-from fbi.report.runs import RunRecord, read_run
+from fbi.report.runs import RunRecord, by_kind, read_run
 
 FORMAT = 1
 _PARTS = ("config", "env", "summary", "done")
@@ -25,9 +26,7 @@ def pack(directory: Path, file: Path) -> None:
 
 def unpack(file: Path, directory: Path) -> None:
     """Puts the files of a packed run back, without checkpoints: it counts as done, and cannot teach."""
-    content = read_json(file)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"{file} is not a packed run of format {FORMAT}; pack it anew")
+    content = _content(file)
     make_directory(directory)
     write_text(directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in content["metrics"]))
     for name in _PARTS:  # done.json last: before it the run is not done
@@ -36,8 +35,15 @@ def unpack(file: Path, directory: Path) -> None:
 
 def record_of(file: Path) -> RunRecord:
     """The record of a packed run, as `read_run` gives it; its directory is the file."""
-    content = read_json(file)
-    rows: dict[str, list] = {}
-    for row in content["metrics"]:
-        rows.setdefault(row["kind"], []).append(row)
+    content = _content(file)
+    rows = by_kind(content["metrics"])
     return RunRecord(file, content["config"]["run"], content["env"], rows, content["done"], content["summary"])
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """What a packed run holds; an `InputError` where the file is none."""
+    content = read_json(file)
+    parts = {*_PARTS, "metrics"}
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not parts <= content.keys():
+        raise InputError(f"{file} is not a packed run of format {FORMAT}; pack it anew")
+    return content

@@ -59,7 +59,7 @@ class Sample:
         """`3.512 ± 0.004 (3)`: mean, standard deviation, number of seeds."""
         if self.mean is None:
             return "-"
-        spread = "" if self.spread is None else f" ± {self.spread:{form}}"
+        spread = "" if self.spread is None else f" ± {self.spread:{form.removeprefix('+')}}"
         return f"{self.mean:{form}}{spread} ({len(self.values)})"
 
 

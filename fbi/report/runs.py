@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,14 @@ def read_run(directory: str | os.PathLike[str]) -> RunRecord:
     return RunRecord(folder, config["run"], env or {}, rows, done, summary or {}, warnings)
 
 
+def by_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of metrics under their kinds, in their order."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["kind"], []).append(row)
+    return found
+
+
 def find_runs(folder: str | os.PathLike[str]) -> list[Path]:
     """Run directories at or below `folder`, sorted; none within a run, none in hidden folders."""
     top = Path(folder)
@@ -133,15 +141,15 @@ def _metrics(path: Path) -> tuple[dict[str, list[Row]], list[str]]:
         lines = path.read_bytes().split(b"\n") if path.exists() else []
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    rows: dict[str, list[Row]] = {}
+    rows: list[Row] = []
     warnings = []
     for index, line in enumerate(lines):
         if not line.strip():
             continue
         try:
             row = json.loads(line.decode())
-            rows.setdefault(row["kind"], []).append(row)
+            rows.append(row | {"kind": str(row["kind"])})
         except (ValueError, TypeError, KeyError):
             if index < len(lines) - 1:
                 warnings.append(f"{path}: line {index + 1} is no row of metrics, left out")
-    return rows, warnings
+    return by_kind(rows), warnings

@@ -94,7 +94,7 @@ def spec_table(spec: TableSpec, found: Sequence[Found]) -> Table:
     rows = []
     for row in spec.rows:
         values = sample(groups[row.label], spec.metric)
-        over = [paired(base, values).text("+.3f").replace("± +", "± ")] if base else []
+        over = [paired(base, values).text("+.3f")] if base else []
         published = None if row.published is None else f"{row.published:g}"
         directories = ", ".join(run.record.directory.name for run in groups[row.label])
         rows.append([row.label, values.text(), *over, published, row.source or None, directories or None])
@@ -109,7 +109,7 @@ def claims_table(results: Results) -> Table:
         differences, verdict = judged(claim, results.found)
         bounds = interval(differences)
         between = "-" if bounds is None else f"{bounds[0]:+.3f} ... {bounds[1]:+.3f}"
-        here = differences.text("+.3f").replace("± +", "± ")
+        here = differences.text("+.3f")
         rows.append([claim.text, claim.source, claim.published or None, here, between, verdict])
     columns = [Column(n) for n in ("claim", "source", "published", "difference here", "95% interval", "verdict")]
     note = "a verdict needs three seeds or more; differences are paired by seed, high - low as the claim has it"

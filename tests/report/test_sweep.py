@@ -244,3 +244,17 @@ def test_a_packed_run_is_read_as_the_run_itself(root, tmp_path):
     (root / "fp-s0-0000" / "done.json").unlink()
     with pytest.raises(InputError, match="is not finished"):
         pack(root / "fp-s0-0000", tmp_path / "no.json")
+
+
+@pytest.mark.parametrize("content", ["[]", '{"format": 9}', '{"format": 1, "config": {}}', "{"], ids=str)
+def test_a_file_that_is_no_packed_run_is_left_out_with_a_warning(root, tmp_path, content):
+    shutil.copy(root / "tiny.sweep.json", tmp_path)
+    (tmp_path / "runs").mkdir()
+    damaged = tmp_path / "runs" / "fp-s0-0000.json"
+    damaged.write_text(content)
+    (results,) = read(tmp_path)
+    assert not results.found
+    assert [str(damaged) in warning for warning in results.warnings] == [True]
+    with pytest.raises(InputError, match=str(damaged)):
+        unpack(damaged, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
