@@ -1,5 +1,6 @@
 """The table of a sweep while it runs: live on a terminal, a line for what changed elsewhere."""
 
+import statistics
 import sys
 import time
 from collections import Counter
@@ -44,14 +45,11 @@ def summary(found: dict[Job, State]) -> str:
     """`7 done, 2 running, 3 queued; 0:12:00 left` - the last where the rates so far tell."""
     count = Counter(state.kind for state in found.values())
     text = ", ".join(f"{count[kind]} {kind}" for kind in reversed(_ORDER) if count[kind])
-    running = [state for state in found.values() if state.kind == "running" and state.rate and state.left is not None]
-    waiting = sum(s.steps - s.step for s in found.values() if s.kind in ("queued", "waiting"))
-    if running:
-        a_step = sum(state.left or 0 for state in running) / max(1, sum(s.steps - s.step for s in running))
-        last = max(state.left or 0 for state in running)
-        text += (
-            f"; about {clock(max(last, (waiting * a_step + sum(s.left or 0 for s in running)) / len(running)))} left"
-        )
+    paces = [state.pace for state in found.values() if state.pace is not None]
+    if count["running"] and paces:
+        open_steps = sum(s.steps - s.step for s in found.values() if s.kind in ("running", "queued", "waiting"))
+        last = max(state.left or 0.0 for state in found.values())
+        text += f"; about {clock(max(last, open_steps * statistics.fmean(paces) / count['running']))} left"
     return text
 
 

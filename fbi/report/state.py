@@ -8,12 +8,13 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from fbi.errors import InputError
 from fbi.files import read_json
-from fbi.report.runs import number
+from fbi.report.runs import Row, number
 
 Kind = Literal["queued", "waiting", "running", "stopped", "done", "failed"]
 CLAIM, RUNNING, FAILED, STOP, LOG = ".claim", "running.json", "failed.json", "stop", "log.txt"
@@ -33,9 +34,14 @@ class State:
     """Nats per token: the last training loss, of a finished run the validation loss."""
     rate: float | None = None
     """Tokens per second."""
-    left: float | None = None
-    """Seconds to go, of a running one."""
+    pace: float | None = None
+    """Seconds a step, evaluations and checkpoints left out."""
     note: str = ""
+
+    @property
+    def left(self) -> float | None:
+        """Seconds to go, of a running one."""
+        return None if self.pace is None or self.kind != "running" else (self.steps - self.step) * self.pace
 
 
 def state_of(directory: Path, needs: tuple[Path, ...] = ()) -> State:
@@ -43,18 +49,16 @@ def state_of(directory: Path, needs: tuple[Path, ...] = ()) -> State:
     steps = _steps(directory)
     done = _quiet(directory / "done.json")
     rows = [row for row in _last_rows(directory / "metrics.jsonl") if row.get("kind") == "train"]
-    rate = statistics.median(r) if (r := [v for row in rows if (v := number(row.get("time_tokens_per_s")))]) else None
+    rate, pace = _median(rows, "time_tokens_per_s"), _median(rows, "time_step_s")
     if done is not None:
-        return State("done", int(done.get("steps", steps)), steps, number(done.get("loss")), rate)
+        return State("done", int(done.get("steps", steps)), steps, number(done.get("loss")), rate, pace)
     last = rows[-1] if rows else {}
     step, loss = int(last.get("step", 0)), number(last.get("loss"))
     if (failed := _quiet(directory / FAILED)) is not None:
         return State("failed", step, steps, loss, rate, note=str(failed.get("what", "")))
     if alive(directory):
-        times = [t for row in rows if (t := number(row.get("time_step_s")))]
-        left = (steps - step) * statistics.median(times) if times else None
         host = str((_quiet(directory / RUNNING) or {}).get("host", ""))
-        return State("running", step, steps, loss, rate, left, note=host)
+        return State("running", step, steps, loss, rate, pace, note=host)
     if (directory / STOP).exists():
         return State("stopped", step, steps, loss, rate, note="on request; start the sweep again to go on")
     missing = [need for need in needs if not (need / "done.json").exists()]
@@ -63,6 +67,11 @@ def state_of(directory: Path, needs: tuple[Path, ...] = ()) -> State:
         note = f"{failed_need.name} failed" if failed_need else f"for {missing[0].name}"
         return State("waiting", step, steps, loss, rate, note=note)
     return State("queued", step, steps, loss, rate)
+
+
+def _median(rows: Sequence[Row], field: str) -> float | None:
+    values = [value for row in rows if (value := number(row.get(field)))]
+    return statistics.median(values) if values else None
 
 
 def alive(directory: Path) -> bool:

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from sweeps import write_experiment
@@ -18,8 +19,10 @@ from fbi.launch.job import Job, execute
 from fbi.launch.local import places
 from fbi.launch.plan import jobs, link, plan
 from fbi.launch.schedule import Schedule
+from fbi.launch.watch import summary
 from fbi.report.spec import read_sweep
-from fbi.report.state import state_of
+from fbi.report.state import State, state_of
+from fbi.train.progress import clock
 from fbi.train.run import Run, to_json
 from fbi.train.rundir import read_run
 
@@ -195,3 +198,14 @@ def test_a_job_that_cannot_start_leaves_its_reason(tmp_path):
     assert not (tmp_path / "run" / "running.json").exists()
     assert execute(Job(tmp_path / "run")) == "failed"
     assert (tmp_path / "run" / "log.txt").read_text().count("== ") == 1
+
+
+def test_the_time_left_counts_what_is_queued_at_the_pace_of_what_ran():
+    states = {
+        "a": State("done", 40, 40, pace=0.5),
+        "b": State("running", 40, 40, pace=1.5),
+        "c": State("queued", 0, 60),
+    }
+    found = {Job(Path(name)): state for name, state in states.items()}
+    assert summary(found) == f"1 done, 1 queued, 1 running; about {clock(60)} left"
+    assert summary({Job(Path("c")): states["c"]}) == "1 queued"
