@@ -23,3 +23,11 @@ def x64():
     """Double precision for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def package_cache(monkeypatch):
+    """A cache outside the temporary folders, so that a package is downloaded once for all runs of the tests."""
+    folder = Path(__file__).parents[1] / ".cache" / "tests"
+    monkeypatch.setenv("FBI_CACHE", str(folder))
+    return folder

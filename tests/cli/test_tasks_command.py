@@ -1,18 +1,10 @@
 """`fbi tasks` on a run: the table, and what it refuses."""
 
-from pathlib import Path
-
 import pytest
 from outcome import refused
 
 from fbi.cli_tasks import _STANDARD
 from fbi.evaluate.tasks import TASKS
-
-
-@pytest.fixture
-def package_cache(monkeypatch):
-    """A cache outside the temporary folders, so that a package is downloaded once for all runs of the tests."""
-    monkeypatch.setenv("FBI_CACHE", str(Path(__file__).parents[2] / ".cache" / "tests"))
 
 
 def test_the_standard_tasks_are_there():

