@@ -1,11 +1,12 @@
 # Everything runs in .venv, which the first command makes: one installation, with exact versions.
 PYTHON ?= python3.11
 BIN := .venv/bin
+unexport PYTHONDONTWRITEBYTECODE  # compiled modules are what makes hundreds of short processes start fast
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
-.PHONY: install demo test test-cluster lint types bench methods-table methods-doc notebook repro clean
+.PHONY: install demo test smoke test-cluster lint types bench methods-table methods-doc notebook repro clean
 
 install: .venv/installed
 
@@ -18,7 +19,11 @@ demo: install
 	$(BIN)/fbi demo
 
 test: install
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not smoke"
+
+# Every experiment and every notebook, shrunken to seconds a run.
+smoke: install
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m smoke --durations=10
 
 # Sweeps on a Ray of three nodes and a Slurm, both of this machine; as root on Debian, whose packages of Slurm it installs.
 test-cluster: install

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import fbi
@@ -40,8 +41,17 @@ def test_every_run_of_an_experiment_can_be_carried_out_and_every_row_and_claim_n
         assert word in made.sweep.text
 
 
+@pytest.fixture
+def quick_compilation():
+    """Half the time to compile: of a run of two steps that is nearly all of it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shrunken_experiment_trains_and_reports(name, tmp_path):
+def test_a_shrunken_experiment_trains_and_reports(name, tmp_path, quick_compilation):
     """One seed; one run of each kind, so that a student has its teacher."""
     made = plan(HOME / f"experiments/{name}.py", tmp_path, scale="smoke")
     made.write()
@@ -125,9 +135,10 @@ def test_an_estimate_for_a_bad_mesh_is_one_line(mesh, says):
         table(HOME / "experiments/quest.py", "paper", mesh, "v5p", 0.4)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["01_quantizers", "02_train_tiny", "03_read_a_sweep"])
 def test_a_notebook_runs_from_top_to_bottom(name):
-    environment = {**os.environ, "MPLBACKEND": "Agg", "IPYTHONDIR": os.environ.get("TMPDIR", "/tmp")}
+    environment = {**os.environ, "MPLBACKEND": "Agg", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run([sys.executable, f"notebooks/{name}.py"], cwd=HOME, env=environment, capture_output=True,
                           text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -115,7 +115,7 @@ def test_bootstrap_intervals_hold_the_truth_and_shrink_with_the_noise():
     for noise in (0.004, 0.001):
         runs = made(TRUE, noise, seed=3)
         law = fit(runs, starts=FEW, fixed_E=1.69)
-        resampled = bootstrap(runs, law, resamples=60, seed=1)
+        resampled = bootstrap(runs, law, resamples=40, seed=1)
         for precision in ("4", "1"):
             low, high = resampled.eff(precision)
             assert low < TRUE.eff[precision] < high

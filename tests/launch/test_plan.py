@@ -207,5 +207,5 @@ def test_the_time_left_counts_what_is_queued_at_the_pace_of_what_ran():
         "c": State("queued", 0, 60),
     }
     found = {Job(Path(name)): state for name, state in states.items()}
-    assert summary(found) == f"1 done, 1 queued, 1 running; about {clock(60)} left"
+    assert summary(found) == f"1 done, 1 queued, 1 running; about {clock(60.0)} left"
     assert summary({Job(Path("c")): states["c"]}) == "1 queued"

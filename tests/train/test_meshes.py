@@ -57,6 +57,7 @@ def test_in_float32_full_precision_agrees_to_1e_5_on_every_mesh():
 def test_in_float32_low_bit_runs_differ_by_counted_rounding_flips(policy, record_property):
     one, first = train(MESHES[0], policy, "float32")
     weight = Policy.parse(policy).at("layers.0.mlp.up", 2).weight.build("weight")
+    codes = jax.jit(jax.vmap(lambda w, q: weight.encode(w, q).codes))
     for mesh in MESHES[1:]:
         losses, other = train(mesh, policy, "float32")
         gap = float(np.abs(losses - one).max())
@@ -66,7 +67,7 @@ def test_in_float32_low_bit_runs_differ_by_counted_rounding_flips(policy, record
         for site in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down"):
             kind, name = site.split(".")
             stacks = [s["params"]["layers_0_2"][kind][name] for s in (first, other)]
-            a, b = (jax.vmap(lambda w, q: weight.encode(w, q).codes)(x["w"], x.get("q", {})) for x in stacks)
+            a, b = (codes(x["w"], x.get("q", {})) for x in stacks)
             flips, entries = flips + int((a != b).sum()), entries + a.size
         print(f"{policy} {mesh}: {flips} of {entries} codes differ after one step")
         assert flips < entries / 10_000

@@ -45,8 +45,9 @@ def one_step(policy, loss="ce", accumulate=1, dtype="float32", mesh_text="data=1
         return jax.device_get(state["params"]), {name: float(value) for name, value in sums.items()}
 
 
-@pytest.mark.parametrize("policy", ["fp", "fbi", "bitnet-b158"])
-@pytest.mark.parametrize("mesh_text", ["data=1", "data=2,model=2"])
+@pytest.mark.parametrize(
+    ("policy", "mesh_text"), [("fp", "data=1"), ("fbi", "data=2,model=2"), ("bitnet-b158", "data=2,model=2")]
+)
 def test_accumulation_in_parts_equals_the_large_batch(policy, mesh_text, x64):
     whole, sums = one_step(policy, "0.5*ce + 0.5*ad", 1, "float64", mesh_text)
     parts, summed = one_step(policy, "0.5*ce + 0.5*ad", 4, "float64", mesh_text)
