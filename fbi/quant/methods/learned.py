@@ -1,5 +1,7 @@
 """Learned steps, offsets and clip levels: LSQ, LSQ+, PACT, and the elastic sign."""
 
+import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -22,22 +24,18 @@ def elastic_sign(granularity: str, axis: int, top: int = 1) -> Quantizer:
 
     The 1-bit branch of BiT, arXiv 2205.13016, and ParetoQ, 2502.02631.
     """
-    graded = lambda shape: _lsq_factor(shape, axis, top)  # noqa: E731
-    scale = learned(mean_abs, granularity, axis, graded=graded, through=False)
+    scale = learned(mean_abs, granularity, axis, graded=_lsq_factor(axis, top), through=False)
     return compose(scale=scale, grid=Binary(), surrogate=Clip(), axis=axis)
 
 
-def _lsq_factor(shape: tuple[int, ...], axis: int, top: float | int) -> float:
-    """1 / sqrt(N Q): N weights of a layer (axis 0), or features of an activation (axis -1)."""
-    count = shape[-1] if axis == -1 else max(1, _product(shape))
-    return (count * top) ** -0.5
+def _lsq_factor(axis: int, top: float | int) -> Callable[[tuple[int, ...]], float]:
+    """Of a shape, 1 / sqrt(N Q): N weights of a layer (axis 0), or features of an activation (axis -1)."""
 
+    def factor(shape: tuple[int, ...]) -> float:
+        count = shape[-1] if axis == -1 else max(1, math.prod(shape))
+        return (count * top) ** -0.5
 
-def _product(shape: tuple[int, ...]) -> int:
-    out = 1
-    for n in shape:
-        out *= n
-    return out
+    return factor
 
 
 def lsq_start(top: int):
@@ -82,8 +80,7 @@ def lsq(
     if bits == 1:
         return elastic_sign(granularity, axis)
     top = 2 ** (bits - 1) - 1
-    graded = lambda shape: _lsq_factor(shape, axis, top)  # noqa: E731
-    scale = learned(lsq_start(top), granularity, axis, name="step", graded=graded, frozen=frozen)
+    scale = learned(lsq_start(top), granularity, axis, name="step", graded=_lsq_factor(axis, top), frozen=frozen)
     return compose(scale=scale, grid=uniform(bits, grid), surrogate=Clip(), axis=axis)
 
 
@@ -96,7 +93,7 @@ def _offset_scale(axis: int, top: int) -> Scale:
 
     def solve(x: Float[Array, "..."], qparams: QParams, ctx: Ctx) -> tuple[Array, Field]:
         del ctx
-        factor = _lsq_factor(x.shape, axis, top)
+        factor = _lsq_factor(axis, top)(x.shape)
         step, offset = (regraded(qparams[name].astype(x.dtype), factor) for name in ("step", "offset"))
         step = safe(step)
         return per_unit(x - offset, step), Affine(step, offset)
@@ -136,8 +133,7 @@ def lsqplus(
         mean = jnp.mean(x, axes, keepdims=True)
         return (jnp.abs(mean) + 3 * rms(x - mean, axes)) / 2 ** (bits - 1)
 
-    graded = lambda shape: _lsq_factor(shape, axis, top)  # noqa: E731
-    scale = learned(start, "tensor", axis, name="step", graded=graded)
+    scale = learned(start, "tensor", axis, name="step", graded=_lsq_factor(axis, top))
     return compose(
         scale=scale, grid=uniform(bits, {"paper": "midtread"}.get(init, "midrise")), surrogate=Clip(), axis=axis
     )
