@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/fbi demo
 
 test: install
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not smoke"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not smoke" --durations=25
 
 # Every experiment and every notebook, shrunken to seconds a run.
 smoke: install

@@ -4,6 +4,11 @@ Question: which claims of FBI-LLM, QuEST and BitNet hold at half a million param
 Command: `make repro`. Runs lie in one folder, so that experiments share them; a finished run is packed into
 docs/results/runs and counts as done from then on, also on another machine. Interrupted, it continues.
 Cost: at most 120 runs of about a minute on one core.
+
+Cut to stay within 120 runs: QuEST at 3 bits, QuaRot at 2 and 4, PACT, weights alone at 2 to 4 bits, FP4 and 2:4 (the
+losses; their error on Gaussian data is a test), the clip at 2.0 with Hadamard; BitNet's norm inside each layer and its
+sizes beyond one. The ladder of sizes has one seed. Every method of the library at equal steps, one seed, is
+`make methods-table`.
 """
 
 import argparse

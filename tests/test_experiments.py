@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 import fbi
@@ -41,17 +40,9 @@ def test_every_run_of_an_experiment_can_be_carried_out_and_every_row_and_claim_n
         assert word in made.sweep.text
 
 
-@pytest.fixture
-def quick_compilation():
-    """Half the time to compile: of a run of two steps that is nearly all of it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shrunken_experiment_trains_and_reports(name, tmp_path, quick_compilation):
+def test_a_shrunken_experiment_trains_and_reports(name, tmp_path):
     """One seed; one run of each kind, so that a student has its teacher."""
     made = plan(HOME / f"experiments/{name}.py", tmp_path, scale="smoke")
     made.write()
@@ -138,7 +129,7 @@ def test_an_estimate_for_a_bad_mesh_is_one_line(mesh, says):
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", ["01_quantizers", "02_train_tiny", "03_read_a_sweep"])
 def test_a_notebook_runs_from_top_to_bottom(name):
-    environment = {**os.environ, "MPLBACKEND": "Agg", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = {**os.environ, "MPLBACKEND": "Agg"}
     done = subprocess.run([sys.executable, f"notebooks/{name}.py"], cwd=HOME, env=environment, capture_output=True,
                           text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -315,7 +315,7 @@ def test_unknown_tasks_and_limits_are_refused(model, params, tokenizer):
 
 
 @pytest.mark.slow
-def test_smollm2_reaches_its_known_accuracy(package_cache):
+def test_smollm2_reaches_its_known_accuracy(package_cache, optimized):
     from fbi.train.load import load_named
 
     found = evaluate_task(*load_named("smollm2-135m"), "winogrande", limit=40)

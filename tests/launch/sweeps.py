@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # what these processes compute matters less than that they run
 PATIENCE = 900  # seconds for anything that takes a few on a quiet machine
 EXPERIMENT = '''"""Tiny runs.
 
@@ -67,7 +66,7 @@ def write_experiment(folder: Path, steps: int = 60, seeds: int = 3) -> Path:
 def environment(cache: Path) -> dict[str, str]:
     """Of the processes: one device, caches of their own."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("XLA_")}
-    return kept | {"FBI_CACHE": str(cache), "JAX_PLATFORMS": "cpu", "COLUMNS": "200"} | QUICK
+    return kept | {"FBI_CACHE": str(cache), "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
 
 
 class Fbi:

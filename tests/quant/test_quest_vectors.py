@@ -11,6 +11,8 @@ import pytest
 from fbi.quant import gaussian, quantizer
 from fbi.quant.transform import IDENTITY, Hadamard
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 VECTORS = np.load(Path(__file__).parents[1] / "reference" / "quantizers.npz")
 QUEST = "quest:clips=published,bits={bits}"
 # The published class -> our text, and the role whose last or first axis is its row.

@@ -9,6 +9,8 @@ import pytest
 
 from fbi.quant import Ctx, quantizer
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 VECTORS = np.load(Path(__file__).parents[1] / "reference" / "quantizers.npz")
 GRANULARITY = {"column": "input", "row": "output", "single": "tensor"}
 

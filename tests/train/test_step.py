@@ -96,7 +96,7 @@ def test_the_gradient_is_clipped_to_the_global_norm():
 
 
 @pytest.mark.parametrize("policy", ["fp", "fbi", "bitnet-b158"])
-def test_golden_step(policy):
+def test_golden_step(policy, optimized):
     """The numbers of one step. If this fails and you did not mean to change what a model computes, it found a bug.
 
     If you did, rewrite them with `FBI_REWRITE_GOLDEN=1 pytest tests/train/test_step.py -k golden`, and say in the
