@@ -49,6 +49,20 @@ def claims():
     return [Claim("full precision is better", "a paper", "fp", "ce", published="+0.1")]
 '''
 
+UNDISTURBED = """
+import os, sys
+from pathlib import Path
+
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import fbi
+from fbi.launch.plan import load_experiment, plan
+
+planned = plan("experiments/tiny.py", Path(sys.argv[1]))
+for directory, run in planned.runs.items():
+    if directory.startswith(sys.argv[2]):
+        fbi.train(run, planned.root / directory, load_experiment("experiments/tiny.py").EXECUTION)
+"""
+
 
 def write_experiment(folder: Path, steps: int = 60, seeds: int = 3) -> Path:
     """experiments/tiny.py and its corpus in a folder."""
@@ -86,6 +100,13 @@ class Fbi:
                 yield process
             finally:
                 process.kill()
+
+    def train(self, root: str, prefix: str = "") -> Path:
+        """Trains the runs of the experiment one after the other in one process, on one core as a slot has it."""
+        subprocess.run(
+            [sys.executable, "-c", UNDISTURBED, root, prefix], cwd=self.folder, env=self.environment, check=True
+        )
+        return self.folder / root
 
     def run(self, *arguments: str) -> tuple[int, str]:
         with self.started(*arguments) as process:

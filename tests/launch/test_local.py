@@ -16,18 +16,16 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, cache):
-    """A folder with the experiment, all twelve runs of it done without a disturbance."""
+def home(tmp_path_factory):
+    """A folder with the experiment."""
     folder = tmp_path_factory.mktemp("sweep")
     write_experiment(folder, STEPS)
-    code, output = Fbi(folder, cache).run(*SWEEP, "--root", "straight")
-    assert code == 0, output
-    assert "all 12 runs are done" in output
     return folder
 
 
 def test_a_sweep_killed_in_the_middle_ends_as_an_undisturbed_one(home, cache):
     fbi, root = Fbi(home, cache), home / "killed"
+    straight = fbi.train("straight")
     with fbi.started(*SWEEP, "--root", "killed") as launcher:
         caught = until(
             lambda: len(done(root)) >= 4 and [d for d in workers(root) if 0 < steps(d) < STEPS], "a run in its middle"
@@ -47,7 +45,7 @@ def test_a_sweep_killed_in_the_middle_ends_as_an_undisturbed_one(home, cache):
         assert starts(directory) == 1
     assert sum(starts(directory) for directory in directories(root)) > 12
     for directory in directories(root):
-        assert record(directory) == record(home / "straight" / directory.name)
+        assert record(directory) == record(straight / directory.name)
 
 
 def test_two_launchers_start_no_run_twice(home, cache):
@@ -62,6 +60,7 @@ def test_two_launchers_start_no_run_twice(home, cache):
 
 def test_a_signal_leaves_every_run_resumable(home, cache):
     fbi, root = Fbi(home, cache), home / "signalled"
+    straight = fbi.train("straight-b158", "b158-")
     with fbi.started(*SWEEP, "--root", "signalled", "--only", "b158-*") as launcher:
         until(lambda: any(0 < steps(d) < STEPS for d in workers(root)), "a run in its middle")
         launcher.send_signal(signal.SIGINT)
@@ -73,7 +72,7 @@ def test_a_signal_leaves_every_run_resumable(home, cache):
     code, output = fbi.run(*SWEEP, "--root", "signalled", "--only", "b158-*")
     assert code == 0, output
     for directory in done(root):
-        assert record(directory) == record(home / "straight" / directory.name)
+        assert record(directory) == record(straight / directory.name)
     assert any(starts(directory) == 2 for directory in done(root))
 
 
