@@ -69,7 +69,5 @@ KINDS: dict[str, Kind] = {
         lambda options: (*_PROJECTIONS, _STREAM) if options.get("hidden", 1.0) else _PROJECTIONS,
     ),
     "efficiency": Kind(routing.efficiency, False, {}, lambda options: (_ROUTER,)),
-    "separability": Kind(
-        routing.separability, False, {"tau": BETWEEN, "floor": POSITIVE}, lambda options: (_ROUTER,)
-    ),
+    "separability": Kind(routing.separability, False, {"tau": BETWEEN, "floor": POSITIVE}, lambda options: (_ROUTER,)),
 }

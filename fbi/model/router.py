@@ -32,16 +32,12 @@ class Router(nnx.Module):
     neither a bias nor a start. Here b = log(START / (1 - START)) and W ~ N(0, SPREAD² / dim).
     """
 
-    def __init__(
-        self, dim: int, experts: int, *, norm: RMSNorm | None, axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, dim: int, experts: int, *, norm: RMSNorm | None, axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm = norm
         spread = SPREAD / math.sqrt(dim)
         weight = jax.random.normal(rngs.params(), (dim, experts), dtype, out_sharding=jax.P(None, axes.ff))
         self.weight = nnx.Param(spread * weight)
-        self.bias = nnx.Param(
-            jnp.full((experts,), math.log(START / (1 - START)), dtype, out_sharding=jax.P(axes.ff))
-        )
+        self.bias = nnx.Param(jnp.full((experts,), math.log(START / (1 - START)), dtype, out_sharding=jax.P(axes.ff)))
 
     def __call__(self, x: Float[Array, "b t d"], out: jax.P) -> Float[Array, "b t n"]:
         if self.norm is not None:

@@ -166,9 +166,7 @@ def compose(
         arguments = {"scale": scale, "grid": grid, "surrogate": surrogate, "axis": axis, "around": around}
         turned = (transform, compose(**arguments, transform=transform, back=False, whole=whole))
     draws = isinstance(grid, Stochastic)
-    return Quantizer(
-        init, apply, encode, bits, around, whole or transform.mixes, turned, draws, reach=transform.reach
-    )
+    return Quantizer(init, apply, encode, bits, around, whole or transform.mixes, turned, draws, reach=transform.reach)
 
 
 def paired(weight: Quantizer, activation: Quantizer) -> tuple[Quantizer, Quantizer]:
