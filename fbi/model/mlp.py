@@ -70,7 +70,8 @@ class RoutedMLP(MLP):
 
     LTE, arXiv 2402.06126, section 4. The hidden units are multiplied before norm and down projection, whose quantizer
     then sees what serving computes. Where experts are skipped the quantized units are multiplied once more: a grid
-    without a zero would make something of nothing.
+    without a zero would make something of nothing. Under a norm before the down projection (norm=sub, inner) a factor
+    that all scores share cancels.
     """
 
     def __init__(

@@ -29,7 +29,9 @@ class Router(nnx.Module):
     """G(x) = sigmoid(x W + b): [b, t, dim] -> [b, t, experts], in float32 at least whatever the compute type.
 
     No site of a policy: it decides what is computed, and costs about 1 % of it (LTE, section 5). The paper names
-    neither a bias nor a start. Here b = log(START / (1 - START)) and W ~ N(0, SPREAD² / dim).
+    neither a bias nor a start. Here b = log(START / (1 - START)) and W ~ N(0, SPREAD² / dim): nearly all experts are
+    on, as in the dense model that training starts from, few scores are near the threshold, where separability is
+    singular, and they are unlike enough to pass it one after the other.
     """
 
     def __init__(self, dim: int, experts: int, *, norm: RMSNorm | None, axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs):

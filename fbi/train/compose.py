@@ -203,7 +203,8 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
             )
             found = {"loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
             routers = routing_rows(score.tallied, step)
-            found |= {name: row[name] for row in routers[-1:] for name in ("sparsity",)}
+            if routers:
+                found["sparsity"] = routers[-1]["sparsity"]  # of all layers
             row = {"kind": "eval", "step": step, "split": "validation", **found, "tokens": score.tokens}
             return [row, *scale_rows(model, state["params"], step), *routers]
 

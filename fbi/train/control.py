@@ -32,13 +32,13 @@ Kept = dict[str, Any]
 class Control(NamedTuple):
     """What a step carries on beside parameters and optimizer, and what it does with it.
 
-    `init() -> part of the state`; `weights(state) -> weights of the loss by kind`; `update(state, sums, count,
-    progress) -> (parts of the state to replace after the optimizer's update, sums to log)`.
+    `init() -> part of the state`; `weights(state) -> weights of the loss by kind`; `update(state, sums, count) ->
+    (parts of the state to replace after the optimizer's update, sums to log)`.
     """
 
     init: Callable[[], Kept] = dict
     weights: Callable[[Mapping[str, Any]], dict[str, Array]] = lambda state: {}
-    update: Callable[..., tuple[Kept, dict[str, Array]]] = lambda state, sums, count, progress: ({}, {})
+    update: Callable[..., tuple[Kept, dict[str, Array]]] = lambda state, sums, count: ({}, {})
 
 
 NO_CONTROL = Control()
@@ -84,10 +84,7 @@ def sparsity_control(target: float, start: float) -> Control:
     def weights(state: Mapping[str, Any]) -> dict[str, Array]:
         return {"efficiency": jnp.exp(state[KEY].log_eta)}
 
-    def update(
-        state: Mapping[str, Any], sums: dict[str, Array], count: Array, progress: Array
-    ) -> tuple[Kept, dict[str, Array]]:
-        del progress
+    def update(state: Mapping[str, Any], sums: dict[str, Array], count: Array) -> tuple[Kept, dict[str, Array]]:
         sparsity = sums["sparsity"] / count
         amount = jnp.clip(BIAS_GAIN * (target - sparsity), -BIAS_RATE, BIAS_RATE)
         eta = jnp.exp(state[KEY].log_eta) * count  # as all sums: a row of the record divides by the count

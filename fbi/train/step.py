@@ -138,7 +138,7 @@ def make_step(
         updates, opt = tx.update(gradients, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         count = jnp.asarray(tokens.shape[0] * (tokens.shape[1] - 1))
-        kept, told = control.update({**state, "params": params}, sums, count, progress)
+        kept, told = control.update({**state, "params": params}, sums, count)
         means = {"count": count, "grad_norm": optax.tree.norm(gradients)}
         return {"params": params, "opt": opt, **kept}, sums | told | means
 
