@@ -30,7 +30,7 @@ def adapt(params: Params, source: Model, target: Model, seed: int = 0) -> Params
     shape, or where `target` needs trained routers.
     """
     _check_shapes(source.config, target.config)
-    _check_routers(source.config, target.config)
+    check_routers(source.config, target.config)
     mesh = mesh_in_use()
     with jax.set_mesh(mesh):
         wanted, given = target.abstract(), source.abstract()
@@ -107,7 +107,8 @@ def _check_shapes(source: ModelConfig, target: ModelConfig) -> None:
         raise InputError(f"cannot adapt weights to a model of another shape: {', '.join(differing)}")
 
 
-def _check_routers(source: ModelConfig, target: ModelConfig) -> None:
+def check_routers(source: ModelConfig, target: ModelConfig) -> None:
+    """Refuses weights whose routers `target` cannot use: of experts of another size, or none where they are frozen."""
     if source.expert and target.expert and source.expert != target.expert:
         raise InputError(
             f"cannot adapt routers of experts of {source.expert} neurons to experts of {target.expert}; "

@@ -14,7 +14,7 @@ from fbi.lazy import make_callable
 from fbi.model import Model, Params
 from fbi.model.axes import mesh_in_use
 from fbi.model.calibrate import calibrate, learned_sites
-from fbi.model.convert import adapt
+from fbi.model.convert import adapt, check_routers
 from fbi.model.convert_gguf import smollm2
 from fbi.model.convert_hf import load_safetensors
 from fbi.policy import Methods, Policy
@@ -107,6 +107,7 @@ def starting_params(run: Run, target: Model, tokens: Callable[[], Int[Array, "b 
         params = target.init(run.seed)
     else:
         source, given = _given(run)
+        check_routers(source.config, target.config)
         if target.config.expert and not source.config.expert:
             given = _grouped(run, source, given, tokens)
         params = adapt(given, source, target, run.seed)
