@@ -13,7 +13,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # A part imports from those before it and from its neighbours in the same row.
 ROWS = [
-    {"errors", "lazy", "files"},
+    {"errors", "lazy", "files", "fields"},
     {"quant"},
     {"policy"},
     {"model", "data"},

@@ -158,13 +158,14 @@ def activation_bytes(config: ModelConfig, tokens: int, remat: bool = False) -> i
     """Bytes kept for the backward pass of one sequence, logits aside: a count of tensors, not of a compiler's buffers.
 
     Of each layer and token: inputs and outputs of both norms (4 dim), queries, keys and values, the mixed heads, gate,
-    up and their product (3 ff), in the compute type; probabilities of the attention (heads x tokens) in float32.
+    up and their product (3 ff; 2 without a gate), in the compute type; probabilities of the attention (heads x tokens)
+    in float32.
     `remat` keeps the input of each layer (dim), and one layer at a time as above.
     """
     c = config
     size = {"float32": 4, "bfloat16": 2, "float64": 8}[c.dtype]
     heads = (2 * c.heads + 2 * c.kv_heads) * c.head_dim
-    layer = size * (4 * c.dim + heads + 3 * c.ff) + max(size, 4) * c.heads * tokens
+    layer = size * (4 * c.dim + heads + (3 if c.gated else 2) * c.ff) + max(size, 4) * c.heads * tokens
     return tokens * (c.layers * size * c.dim + layer if remat else c.layers * layer)
 
 

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ class Score:
     """Bytes of text that they stand for."""
     windows: int
     """Windows they were in."""
+    tallied: Any = dataclasses.field(default_factory=dict, compare=False)
+    """What was asked to be tallied besides, summed over them: a tree of NumPy arrays."""
 
     @property
     def loss(self) -> float:
@@ -47,6 +49,16 @@ class Score:
     def bits_per_byte(self) -> float:
         """Bits per byte of text, which compares models of unlike tokenizers; nan where no token stands for text."""
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+
+class Tally(NamedTuple):
+    """What else to sum up: `sums(features, scored [b, t])` of these features over the scored positions, as a tree."""
+
+    features: tuple[str, ...] = ()
+    sums: Callable[[Mapping[str, Array], Array], Any] = lambda features, scored: {}
+
+
+NO_TALLY = Tally()
 
 
 class Span(NamedTuple):
@@ -85,13 +97,14 @@ def evaluate(
     separator: int | None = None,
     limit: int = 0,
     progress: Progress | None = None,
+    tally: Tally = NO_TALLY,
 ) -> Score:
     """The score of a token stream, `batch` windows at a time on the mesh in use; compiled once a model and shape.
 
     `stride >= window` is FBI-LLM's protocol (arXiv 2407.07093, its evaluation code: disjoint windows of 2048, each the
     mean of its 2047 predictions, exp of the mean over windows; the tail dropped). `stride = window - 1` scores every
     token but the first once. `separator`: attention stays within documents, each of which this token begins.
-    `limit`: at most so many windows, 0 for all.
+    `limit`: at most so many windows, 0 for all. `tally`: what to sum up besides.
     """
     mesh = mesh_in_use()
     check_batch(batch, mesh, model.axes.batch)
@@ -107,12 +120,16 @@ def evaluate(
         raise InputError(f"the stream has token {worst}, the model and tokenizer know {vocab}; prepare the data anew")
 
     nats, counted, text = 0.0, 0, 0
-    pending: tuple[Array, int] | None = None  # read one batch late, so that the device never waits for the host
+    tallied: Any = None
+    pending: tuple[Any, int] | None = None  # read one batch late, so that the device never waits for the host
 
     def settle() -> None:
-        nonlocal nats
+        nonlocal nats, tallied
         if pending is not None:
-            nats += float(jax.device_get(pending[0]))
+            total, found = jax.device_get(pending[0])
+            nats += float(total)
+            found = jax.tree.map(np.float64, found)
+            tallied = found if tallied is None else jax.tree.map(np.add, tallied, found)
             if progress:
                 progress(pending[1], len(plan))
 
@@ -126,20 +143,26 @@ def evaluate(
                 first[row] = span.first
                 scored = rows[row, span.first + 1 :]
                 counted, text = counted + len(scored), text + int(token_bytes[scored].sum())
-            total = _nats(model, separator, params, put(rows), put(first))
+            total = _sums(model, separator, tally, params, put(rows), put(first))
             settle()
             pending = total, done + len(part)
         settle()
-    return Score(nats, counted, text, len(plan))
+    return Score(nats, counted, text, len(plan), tallied)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _nats(
-    model: Model, separator: int | None, params: Params, tokens: Int[Array, "b w"], first: Int[Array, " b"]
-) -> Float[Array, ""]:
-    """The sum of -ln p(token | before) over the predictions from `first` on of each row."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sums(
+    model: Model,
+    separator: int | None,
+    tally: Tally,
+    params: Params,
+    tokens: Int[Array, "b w"],
+    first: Int[Array, " b"],
+) -> tuple[Float[Array, ""], Any]:
+    """The sum of -ln p(token | before) over the predictions from `first` on of each row, and what is tallied there."""
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     documents = None if separator is None else jnp.cumsum(inputs == separator, axis=1, dtype=jnp.int32)
-    losses = next_token(Outputs(model.apply(params, inputs, documents), labels))
+    logits, features = model.features(params, inputs, documents, wanted=tally.features)
+    losses = next_token(Outputs(logits, labels))
     scored = jnp.arange(losses.shape[1])[None, :] >= first[:, None]
-    return jnp.sum(jnp.where(scored, losses, 0.0))
+    return jnp.sum(jnp.where(scored, losses, 0.0)), tally.sums(features, scored)

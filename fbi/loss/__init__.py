@@ -17,7 +17,12 @@ from fbi.loss.logits import log_normalizer as log_normalizer
 from fbi.loss.logits import next_token as next_token
 from fbi.loss.logits import reverse_kl as reverse_kl
 from fbi.loss.logits import teacher_entropy as teacher_entropy
+from fbi.loss.outputs import NO_WATCH as NO_WATCH
 from fbi.loss.outputs import Outputs as Outputs
+from fbi.loss.outputs import Watch as Watch
+from fbi.loss.routing import SCORES as SCORES
+from fbi.loss.routing import efficiency as efficiency
+from fbi.loss.routing import separability as separability
 from fbi.loss.weighted import ALIASES as ALIASES
 from fbi.loss.weighted import Loss as Loss
 from fbi.loss.weighted import Term as Term

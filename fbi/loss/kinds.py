@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array
 
-from fbi.loss import features, logits
+from fbi.loss import features, logits, routing
 
 Options = Mapping[str, Any]
 
@@ -42,9 +42,12 @@ TEMPERATURE = Option(float, lambda value: 0 < value < math.inf, "above 0 and fin
 TOP_K = Option(int, lambda value: value >= 0, "at least 0 (0: all)")
 LAYERS = Option(int, lambda value: value >= 0, "at least 0 (0: all)")
 BETA = Option(float, lambda value: 0 <= value <= 1, "from 0 to 1")
+BETWEEN = Option(float, lambda value: 0 < value < 1, "above 0 and below 1")
+POSITIVE = Option(float, lambda value: 0 < value < math.inf, "above 0 and finite")
 WEIGHT = Option(float, lambda value: 0 <= value < math.inf, "at least 0 and finite")
 
 _STREAM = "layers.*.out"
+_ROUTER = f"layers.*.{routing.SCORES}"
 _PROJECTIONS = tuple(f"layers.*.{name}" for name in features.PROJECTIONS)
 
 KINDS: dict[str, Kind] = {
@@ -65,4 +68,6 @@ KINDS: dict[str, Kind] = {
         {"hidden": WEIGHT, "layers": LAYERS},
         lambda options: (*_PROJECTIONS, _STREAM) if options.get("hidden", 1.0) else _PROJECTIONS,
     ),
+    "efficiency": Kind(routing.efficiency, False, {}, lambda options: (_ROUTER,)),
+    "separability": Kind(routing.separability, False, {"tau": BETWEEN, "floor": POSITIVE}, lambda options: (_ROUTER,)),
 }

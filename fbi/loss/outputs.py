@@ -1,6 +1,6 @@
 """What a loss may look at."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int
@@ -17,3 +17,13 @@ class Outputs(NamedTuple):
     teacher_logits: Float[Array, "b t v"] | None = None
     features: Mapping[str, Array] = {}
     teacher_features: Mapping[str, Array] = {}
+
+
+class Watch(NamedTuple):
+    """What a step tells besides its loss: features of the student that it looks at, and sums over positions of them."""
+
+    features: tuple[str, ...] = ()
+    sums: Callable[[Outputs], dict[str, Float[Array, ""]]] = lambda out: {}
+
+
+NO_WATCH = Watch()

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ from fbi.loss.kinds import KINDS, Kind
 from fbi.loss.logits import next_token, teacher_entropy
 from fbi.loss.outputs import Outputs
 
+NO_WEIGHTS: Mapping[str, Any] = MappingProxyType({})
 ALIASES = {"mix": "0.5*ce + 0.5*ad"}  # FBI-LLM's published code, its mode use_kd=2
 
 
@@ -70,6 +73,10 @@ def _number(text: str, kind: type, what: str) -> Any:
         raise InputError(f"{what}={text.strip()!r} is not {'a whole number' if kind is int else 'a number'}") from None
 
 
+def _features(terms: tuple[Term, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for t in terms for name in t.registered.features(dict(t.options))))
+
+
 @dataclasses.dataclass(frozen=True)
 class Loss:
     """A weighted sum of terms."""
@@ -88,22 +95,29 @@ class Loss:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """The features of student and teacher that the terms look at, as `Model.features` takes them."""
-        return tuple(dict.fromkeys(name for t in self.terms for name in t.registered.features(dict(t.options))))
+        """The features of the student that the terms look at, as `Model.features` takes them."""
+        return _features(self.terms)
+
+    @property
+    def teacher_features(self) -> tuple[str, ...]:
+        """Those of the teacher: of the terms that need one."""
+        return _features(tuple(term for term in self.terms if term.registered.needs_teacher))
 
     @property
     def whole_batch(self) -> tuple[str, ...]:
         """The terms whose value at one position depends on the rest of the batch, so that it cannot be cut in parts."""
         return tuple(term.kind for term in self.terms if term.registered.whole_batch(dict(term.options)))
 
-    def __call__(self, out: Outputs) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """The loss summed over positions, and sums to log.
+    def __call__(
+        self, out: Outputs, weights: Mapping[str, Float[Array, ""]] = NO_WEIGHTS
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """The loss summed over positions, and sums to log; `weights` take the place of a term's own, by its kind.
 
         They are `loss`; each term without its weight by its kind (with its options where a kind stands there with more
         than one set of them); `ce` in any case; and with a teacher `floor`, its entropy.
         """
         parts = [(term, term(out)) for term in self.terms]
-        total = jnp.sum(sum(term.weight * value for term, value in parts))
+        total = jnp.sum(sum(weights.get(term.kind, term.weight) * value for term, value in parts))
         values = {self._label(term): value for term, value in parts}
         plain = values.pop("ce") if "ce" in values else jax.lax.stop_gradient(next_token(out))
         sums = {"loss": total, "ce": jnp.sum(plain)}

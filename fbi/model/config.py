@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from fbi.errors import InputError, unknown
+from fbi.fields import later
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +24,11 @@ class ModelConfig:
     head_dim: int = 32
     """Width of a head."""
     ff: int = 256
-    """Width of the gated MLP."""
+    """Neurons of the MLP."""
     context: int = 2048
     """Most positions a sequence may have."""
-    activation: Literal["silu", "relu2"] = "silu"
-    """Gate of the MLP: SwiGLU, or ReLU²-GLU as in BitNet a4.8 and 2B4T."""
+    activation: Literal["silu", "relu2", "relu"] = "silu"
+    """Of the MLP: SwiGLU, ReLU²-GLU as in BitNet a4.8 and 2B4T, or ReLU."""
     norm: Literal["pre", "inner", "sub"] = "pre"
     """RMSNorm before attention and MLP; inside each linear layer instead (BitNet FAQ); or before, and again before the
     output and down projections (SubLN, BitNet 2B4T)."""
@@ -43,6 +44,18 @@ class ModelConfig:
     """Output and down projections start smaller by sqrt(2 layers), as in QuEST (2502.05003)."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Compute type. Latent weights are float32 (float64 for float64)."""
+    gated: bool = later(True)
+    """The MLP is down(act(gate(x)) * up(x)); false: down(act(up(x))), as in GPT-2 and RoBERTa."""
+    expert: int = later(0)
+    """Neurons of an expert of the MLP, 32 in LTE (2402.06126); 0: a dense MLP, without routers."""
+    routing: Literal["soft", "hard", "dense"] = later("soft")
+    """What the routers do: weigh every expert by its score (LTE's stage 1), keep those above 0.5 and get no gradient
+    (stage 2, serving), or nothing."""
+
+    @property
+    def experts(self) -> int:
+        """Experts of each MLP; 0: it is dense."""
+        return self.ff // self.expert if self.expert else 0
 
 
 def _llama(vocab: int, dim: int, layers: int, heads: int, ff: int, **rest: object) -> ModelConfig:
@@ -99,6 +112,17 @@ def check(config: ModelConfig) -> None:
         raise InputError(f"model.kv_heads={config.kv_heads} does not divide heads={config.heads}; use one of {fitting}")
     if config.head_dim % 2:
         raise InputError(f"model.head_dim={config.head_dim} is odd; rotary positions need an even width")
+    _check_experts(config)
+
+
+def _check_experts(config: ModelConfig) -> None:
+    if config.expert < 0:
+        raise InputError(f"model.expert={config.expert} must be at least 0 (0: a dense MLP)")
+    if config.expert and config.ff % config.expert:
+        fitting = [n for n in range(1, config.ff + 1) if config.ff % n == 0]
+        raise InputError(f"model.expert={config.expert} does not divide ff={config.ff}; use one of {fitting}")
+    if config.routing != "soft" and not config.expert:
+        raise InputError(f"model.routing={config.routing} needs experts, and model.expert=0 has none; set model.expert")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,27 +133,29 @@ class ParameterCount:
     head: int
     linear: int
     norm: int
+    router: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.embedding + self.head + self.linear + self.norm
+        return self.embedding + self.head + self.linear + self.norm + self.router
 
     @property
     def non_embedding(self) -> int:
         """Blocks and norms, as QuEST and the scaling-law literature count."""
-        return self.linear + self.norm
+        return self.linear + self.norm + self.router
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Site within a block -> [in, out]."""
     c, attention, cache = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    gate = {"mlp.gate": (c.dim, c.ff)} if c.gated else {}
     return {
         "attn.q": (c.dim, attention),
         "attn.k": (c.dim, cache),
         "attn.v": (c.dim, cache),
         "attn.o": (attention, c.dim),
-        "mlp.gate": (c.dim, c.ff),
+        **gate,
         "mlp.up": (c.dim, c.ff),
         "mlp.down": (c.ff, c.dim),
     }
@@ -140,7 +166,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     shapes = linear_shapes(config)
     norms = {
         "pre": 2 * config.dim,
-        "inner": sum(i for i, _ in shapes.values()),
+        "inner": sum(i for i, _ in shapes.values()) + (config.dim if config.expert else 0),
         "sub": 2 * config.dim + shapes["attn.o"][0] + config.ff,
     }[config.norm]
     return ParameterCount(
@@ -148,4 +174,5 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         head=0 if config.tied else config.vocab * config.dim,
         linear=config.layers * sum(i * o for i, o in shapes.values()),
         norm=config.layers * norms + config.dim,
+        router=config.layers * (config.dim + 1) * config.experts,
     )

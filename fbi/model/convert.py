@@ -17,27 +17,31 @@ from fbi.model.decoder import segments
 from fbi.model.functional import Model, Params
 from fbi.policy import Methods
 
-_SHAPE = ("vocab", "dim", "layers", "heads", "kv_heads", "head_dim", "ff", "norm", "tied")
+_SHAPE = ("vocab", "dim", "layers", "heads", "kv_heads", "head_dim", "ff", "norm", "tied", "gated")
+_ROUTER = "router"
 
 
-def adapt(params: Params, source: Model, target: Model) -> Params:
+def adapt(params: Params, source: Model, target: Model, seed: int = 0) -> Params:
     """The weights of `source` as parameters of `target`, which may have another policy, segmentation, mesh or dtype.
 
     What a quantizer learns starts from each layer's weight, as in `target.init()`; where both models have the same
-    method at a site, what it has learned is kept. `InputError` where the two differ in shape.
+    method at a site, what it has learned is kept. Routers are kept, or start as in `target.init(seed)` where `source`
+    has none and `target` trains them; a dense `target` has no place for them. `InputError` where the two differ in
+    shape, or where `target` needs trained routers.
     """
     _check_shapes(source.config, target.config)
+    check_routers(source.config, target.config)
     mesh = mesh_in_use()
     with jax.set_mesh(mesh):
         wanted, given = target.abstract(), source.abstract()
         _check_tree(params, given)
         placed = jax.tree.map(lambda x, leaf: jax.device_put(x, on(mesh, leaf)), params, given)
-        return jax.jit(lambda tree: _adapted(tree, source, target, wanted))(placed)
+        return jax.jit(lambda tree: _adapted(tree, source, target, wanted, seed))(placed)
 
 
-def _adapted(params: Params, source: Model, target: Model, wanted: Params) -> Params:
+def _adapted(params: Params, source: Model, target: Model, wanted: Params, seed: int) -> Params:
     layers = target.config.layers
-    made = target.fresh(jax.random.key(0))
+    made = target.fresh(jax.random.key(seed))
     out = {}
     for name in wanted:
         if not name.startswith("layers_"):
@@ -64,14 +68,16 @@ def _like(x: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
 def _relearned(tree: Any, wanted: Any, made: Any, site: str, source: Model, target: Model) -> Any:
     """`tree` (a leaf, a linear layer, or a tree of them, with or without a layer axis) with what `target` learns.
 
-    `made` are fresh parameters of the target: the start of what an activation quantizer learns.
+    `made` are fresh parameters of the target: the start of what an activation quantizer learns, and of routers.
     """
     if not isinstance(wanted, dict):
         return tree
     (weight, activation), (new_weight, new_activation) = _methods(source, site), _methods(target, site)
     out: dict[str, Any] = {}
     for name in wanted:
-        if not learned_name(name, wanted[name]):
+        if name == _ROUTER and name not in tree:
+            out[name] = made[name]
+        elif not learned_name(name, wanted[name]):
             child = tree.get(name, {}) if isinstance(tree, dict) else tree
             out[name] = _relearned(child, wanted[name], made[name], f"{site}.{name}", source, target)
         elif name in tree and (activation == new_activation if name == "a" else weight == new_weight):
@@ -99,6 +105,20 @@ def _check_shapes(source: ModelConfig, target: ModelConfig) -> None:
     pairs = {field: (getattr(source, field), getattr(target, field)) for field in _SHAPE}
     if differing := [f"{field} {a} to {b}" for field, (a, b) in pairs.items() if a != b]:
         raise InputError(f"cannot adapt weights to a model of another shape: {', '.join(differing)}")
+
+
+def check_routers(source: ModelConfig, target: ModelConfig) -> None:
+    """Refuses weights whose routers `target` cannot use: of experts of another size, or none where they are frozen."""
+    if source.expert and target.expert and source.expert != target.expert:
+        raise InputError(
+            f"cannot adapt routers of experts of {source.expert} neurons to experts of {target.expert}; "
+            f"use model.expert={source.expert}, or start from the dense run"
+        )
+    if target.routing == "hard" and not source.expert:
+        raise InputError(
+            "model.routing=hard freezes the routers, and the weights to start from have none; train them first in a "
+            "run with model.routing=soft (LTE's stage 1), and start from that"
+        )
 
 
 def _check_tree(params: Params, wanted: Params) -> None:

@@ -217,6 +217,11 @@ def _apply(method: Method) -> Callable[..., jax.Array]:
 def _described(config: ModelConfig) -> dict[str, Any]:
     """The config.json of a model, for transformers 4 and 5."""
     c = config
+    if c.expert or not c.gated:
+        raise InputError(
+            f"a model with expert={c.expert}, gated={str(c.gated).lower()} has none in transformers, whose Llama has a "
+            "dense gated MLP; keep its run directory"
+        )
     if c.norm == "inner":
         raise InputError("norm='inner' (a norm inside each linear layer) has no model in transformers; use pre or sub")
     if c.norm == "sub" and c.heads * c.head_dim != c.dim:

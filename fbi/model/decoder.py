@@ -15,12 +15,13 @@ from fbi.model.config import ModelConfig, linear_shapes
 from fbi.model.dense import dense
 from fbi.model.learned import Operand
 from fbi.model.linear import Linear, for_site
-from fbi.model.mlp import GatedMLP
+from fbi.model.mlp import mlp
 from fbi.model.norm import RMSNorm
 from fbi.policy import Methods
 from fbi.quant import Ctx
 
 BLOCK_SITES = ("attn.q", "attn.k", "attn.v", "attn.kv", "attn.probs", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+OPERAND_SITES = ("attn.kv", "attn.probs")  # of no weight
 
 
 def segments(bound: dict[str, Methods], layers: int) -> list[tuple[int, int]]:
@@ -69,7 +70,7 @@ class Block(nnx.Module):
             dtype=dtype,
             axes=axes,
         )
-        self.mlp = GatedMLP(linear, norm(c.ff, ("sub",)), c.activation, axes)
+        self.mlp = mlp(c, linear, norm(c.ff, ("sub",)), norm(c.dim, ("inner",)), axes, dtype, rngs)
 
     def __call__(
         self, x: Float[Array, "b t d"], where: Where, cache: Cache | None, ctx: Ctx

@@ -16,7 +16,8 @@ from fbi.model import taps
 from fbi.model.attention import Cache, Where
 from fbi.model.axes import Axes, mesh_1x1
 from fbi.model.config import ModelConfig
-from fbi.model.decoder import BLOCK_SITES, Decoder, segments
+from fbi.model.decoder import BLOCK_SITES, OPERAND_SITES, Decoder, segments
+from fbi.model.router import check_leaks
 from fbi.policy import Policy, Site
 from fbi.quant import Ctx
 
@@ -48,7 +49,7 @@ def _compiled(function: Callable, static: tuple[int, ...] = ()) -> Callable:
 def sites_of(config: ModelConfig) -> list[Site]:
     """Every place of the model that a policy may name, in order."""
     linear = shapes.linear_shapes(config)
-    block = [(name, linear.get(name)) for name in BLOCK_SITES]
+    block = [(name, linear.get(name)) for name in BLOCK_SITES if name in linear or name in OPERAND_SITES]
     layers = [Site(f"layers.{i}.{name}", shape) for i in range(config.layers) for name, shape in block]
     head = Site("head", None if config.tied else (config.dim, config.vocab))
     return [Site("embed", (config.vocab, config.dim)), *layers, head]
@@ -69,6 +70,7 @@ class Model:
         shapes.check(config)
         self.config, self.policy, self.axes, self.remat, self.unroll = config, policy, axes, remat, unroll
         self.bound = policy.bind(self.sites, config.layers)
+        check_leaks(config, self.bound)
 
     @property
     def sites(self) -> list[Site]:

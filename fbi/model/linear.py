@@ -1,6 +1,7 @@
 """A linear layer that is given its quantizers by the policy."""
 
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,10 @@ class Linear(nnx.Module):
         held(self, "a", activation.init(x))
         held(self, "r", weight.around.init(w, jax.random.fold_in(key, 1)), replicated=True)
 
-    def __call__(self, x: Float[Array, "b t i"], out: jax.P, ctx: Ctx) -> Float[Array, "b t o"]:
+    def __call__(
+        self, x: Float[Array, "b t i"], out: jax.P, ctx: Ctx, after: Callable[[Array], Array] = taps.identity
+    ) -> Float[Array, "b t o"]:
+        """The product, laid out as `out`; `after` is applied to the quantized input."""
         if self.norm is not None:
             x = self.norm(x)
         taps.tap(self.site, x)
@@ -64,5 +68,6 @@ class Linear(nnx.Module):
         whole = jax.P(*spec[:-1], None) if activation.whole else spec
         x, memo = weight.around.pre(x, around)
         x_hat = activation.apply(jax.sharding.reshard(x, whole), leaves_of(self, "a"), for_site(ctx, "a"))
-        y = jnp.asarray(dense(jax.sharding.reshard(x_hat.astype(x.dtype), spec), w_hat, out))
+        x_hat = after(jax.sharding.reshard(x_hat.astype(x.dtype), spec))
+        y = jnp.asarray(dense(x_hat, w_hat, out))
         return taps.tap(f"{self.site}.out", weight.around.post(y, around, memo))

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from fbi.optim.bop import bop, clip_latents, freeze_scales
 from fbi.optim.config import OptimizerConfig, check
-from fbi.optim.groups import is_latent, mask
+from fbi.optim.groups import is_latent, is_router, mask
 
 Schedule = Callable[[Any], Any]
 
@@ -56,8 +56,11 @@ def weight_decay(config: OptimizerConfig, steps: int) -> Schedule:
 
 
 def decay_mask(params: Any, decay: str) -> Any:
-    """A tree of booleans: what is decayed. `latent`: matrices `w` of the blocks, not scales, norms, embedding, head."""
-    return mask(lambda path: decay == "everything" or is_latent(path))(params)
+    """A tree of booleans: what is decayed. `latent`: matrices `w` of the blocks, not scales, norms, embedding, head.
+
+    Routers never are: decay would pull their scores to the threshold, and move those that are frozen.
+    """
+    return mask(lambda path: is_latent(path) or (decay == "everything" and not is_router(path)))(params)
 
 
 def adamw(config: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, ...]:

@@ -30,7 +30,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decoupled decay; two-stage switches it off at half."""
     decay: Literal["latent", "everything"] = "latent"
-    """What is decayed: the latent matrices of the blocks, or every parameter as FBI-LLM's code does."""
+    """What is decayed: the latent matrices of the blocks, or as in FBI-LLM's code every parameter (of routers none)."""
     clip: float = 1.0
     """Global norm to which gradients are clipped; 0: never."""
     latent: Literal["adamw", "bop"] = "adamw"

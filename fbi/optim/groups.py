@@ -28,6 +28,11 @@ def is_scale(path: tuple) -> bool:
     return len(names) > 1 and names[-2] in QUANTIZERS and names[-1] != "w"
 
 
+def is_router(path: tuple) -> bool:
+    """Whether a leaf is a router's."""
+    return "router" in names_of(path)
+
+
 def mask(kind: Callable[[tuple], bool]) -> Callable[[Any], Any]:
     """A function from parameters to a tree of booleans, as optax's masks are: the leaves whose path is of that kind."""
     return lambda params: jax.tree_util.tree_map_with_path(lambda path, leaf: kind(path), params)

@@ -79,6 +79,8 @@ class Quantizer(NamedTuple):
     """Whether it rounds at random where the context has a key."""
     weigh: Callable[..., Array] | None = None
     """(scores, allowed, qparams, ctx) -> attention weights, of a method that takes the place of the softmax."""
+    reach: Callable[[int], int] = IDENTITY.reach
+    """How many neighbours along a contraction axis of that size end up in each other, up to common scales."""
 
 
 def compute_type(x: Array) -> jnp.dtype:
@@ -111,6 +113,9 @@ class _OneWay(Transform):
     @property
     def mixes(self) -> bool:
         return self.base.mixes
+
+    def reach(self, size: int) -> int:
+        return self.base.reach(size)
 
 
 def compose(
@@ -160,7 +165,8 @@ def compose(
     if back and transform.mixes:
         arguments = {"scale": scale, "grid": grid, "surrogate": surrogate, "axis": axis, "around": around}
         turned = (transform, compose(**arguments, transform=transform, back=False, whole=whole))
-    return Quantizer(init, apply, encode, bits, around, whole or transform.mixes, turned, isinstance(grid, Stochastic))
+    draws = isinstance(grid, Stochastic)
+    return Quantizer(init, apply, encode, bits, around, whole or transform.mixes, turned, draws, reach=transform.reach)
 
 
 def paired(weight: Quantizer, activation: Quantizer) -> tuple[Quantizer, Quantizer]:

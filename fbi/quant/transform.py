@@ -30,6 +30,11 @@ class Transform:
         """Whether it mixes entries along the contraction axis, which must then lie whole on a device."""
         return False
 
+    def reach(self, size: int) -> int:
+        """How many neighbours along a contraction axis of that size it mixes: it acts on blocks of so many."""
+        del size
+        return 1
+
 
 IDENTITY = Transform()
 
@@ -72,6 +77,10 @@ class Hadamard(Transform):
                 f"use block={largest_block(size)}"
             )
         return block
+
+    def reach(self, size: int) -> int:
+        """The block."""
+        return self.width(size)
 
     def forward(self, x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
         """Each block times the matrix."""

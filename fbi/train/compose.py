@@ -14,6 +14,7 @@ from fbi import optim
 from fbi.analysis.batch import activations, alignment, on_part
 from fbi.analysis.diagnostics import Diagnostics
 from fbi.analysis.names import parse as diagnostic_names
+from fbi.analysis.routing import routing_rows
 from fbi.data import Batches, Windows, prepare
 from fbi.data import config as data_config
 from fbi.errors import InputError
@@ -23,17 +24,17 @@ from fbi.loss import Loss
 from fbi.model import Model, Params
 from fbi.model.config import check as check_model
 from fbi.model.decoder import segments
-from fbi.optim.groups import is_scale
+from fbi.optim.groups import is_router, is_scale
 from fbi.policy import NONE, Methods
 from fbi.train import mesh as meshes
-from fbi.train import sinks
+from fbi.train import routing, sinks
 from fbi.train.checkpoint import Checkpoints
 from fbi.train.load import build_model, check_teacher, load_teacher, starting_params
 from fbi.train.loop import Loop
 from fbi.train.progress import Reporter
 from fbi.train.run import Execution, Run
 from fbi.train.rundir import Metrics, begin, environment, located, locked, take_back
-from fbi.train.step import State, abstract_state, documents_of, make_objective, make_step
+from fbi.train.step import State, abstract_state, begun, documents_of, make_objective, make_step
 
 STEPS = 1 << 31  # the optimizer counts them in 32 bits
 SEEDS = 1 << 32  # jax takes a seed modulo this: beyond it two seeds would be one
@@ -64,6 +65,7 @@ def check(run: Run, execution: Execution = Execution()) -> None:
         raise InputError(f"loss={run.loss!r} needs a teacher; set teacher to the directory of a finished run")
     if run.teacher and not loss.needs_teacher:
         raise InputError(f"loss={run.loss!r} does not look at teacher={run.teacher!r}; drop it, or use loss=ad")
+    routing.check(run, loss)
     if loss.whole_batch and execution.accumulate > 1:
         raise InputError(
             f"loss={run.loss!r}: {', '.join(loss.whole_batch)} looks at the whole batch, which accumulate="
@@ -169,10 +171,12 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
             directory / "checkpoints", keep_last=execution.keep_last, keep_every=execution.keep_every
         )
         stream = windows.stream("validation")
+        put = lambda step: meshes.put_batch(batches(()).batch_at(step), mesh)[:, :-1]  # noqa: E731
+        routed = routing.parts(run, loss, model, put, separator)
 
         def fresh() -> State:
-            params = starting_params(given, model, lambda: meshes.put_batch(batches(()).batch_at(0), mesh)[:, :-1])
-            return {"params": params, "opt": jax.jit(tx.init)(params)}
+            params = starting_params(given, model, lambda: put(0))
+            return begun(params, tx, routed.control)
 
         def batches(skipped: tuple[tuple[int, int], ...]) -> Batches:
             return Batches(
@@ -195,10 +199,14 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
                 batch=run.data.batch,
                 separator=separator,
                 limit=0 if last else execution.eval_windows,
+                tally=routed.tally,
             )
             found = {"loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
+            routers = routing_rows(score.tallied, step)
+            if routers:
+                found["sparsity"] = routers[-1]["sparsity"]  # of all layers
             row = {"kind": "eval", "step": step, "split": "validation", **found, "tokens": score.tokens}
-            return [row, *scale_rows(model, state["params"], step)]
+            return [row, *scale_rows(model, state["params"], step), *routers]
 
         diagnostics = None
         if execution.diagnose_every:
@@ -219,10 +227,17 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
                     execution=execution,
                     mesh=mesh,
                     step=make_step(
-                        model, loss, tx, teacher=teacher, accumulate=execution.accumulate, separator=separator
+                        model,
+                        loss,
+                        tx,
+                        teacher=teacher,
+                        accumulate=execution.accumulate,
+                        separator=separator,
+                        watch=routed.watch,
+                        control=routed.control,
                     ),
                     fresh=fresh,
-                    abstract=abstract_state(model, tx),
+                    abstract=abstract_state(model, tx, routed.control),
                     teacher_params=teacher_params,
                     batches=batches,
                     evaluate=lambda *at: final.__setitem__(slice(None), rows(*at)) or final,
@@ -231,11 +246,12 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
                     metrics=Metrics(directory / "metrics.jsonl", opened),
                     reporter=reporter,
                     diagnostics=diagnostics,
+                    finish=routed.finish,
                 ).train()
                 final = final or rows(state, run.steps, True)  # a run stopped between its last checkpoint and here
         finally:
             checkpoints.close()
-    best = {name: final[0][name] for name in ("loss", "perplexity", "bits_per_byte")}
+    best = {name: final[0][name] for name in ("loss", "perplexity", "bits_per_byte", "sparsity") if name in final[0]}
     write_json(directory / "done.json", {"steps": run.steps, **best, "hash": run.hash})
     return _result(directory)
 
@@ -245,14 +261,13 @@ def summarize(model: Model, windows: Windows) -> dict[str, Any]:
     report = model.policy.report(model)
     blocks = [row.bits for row in report.rows if row.bits and row.site.startswith("layers.")]
     weights = sum(bits.weights for bits in blocks)
-    norms = model.parameter_count() - sum(
-        leaf.size for path, leaf in jax.tree_util.tree_flatten_with_path(model.abstract())[0] if path[-1].key != "scale"
-    )
+    flat = jax.tree_util.tree_flatten_with_path(model.abstract())[0]
+    wide = sum(leaf.size for path, leaf in flat if path[-1].key == "scale" or is_router(path))
     return {
         "parameters": model.parameter_count(),
         "paper_bits_per_weight": sum(bits.paper for bits in blocks) / weights,
         "stored_bits_per_weight": 8 * sum(bits.stored for bits in blocks) / weights,
-        "stored_megabytes": (report.stored_bytes + 4 * norms) / 1e6,
+        "stored_megabytes": (report.stored_bytes + 4 * wide) / 1e6,
         "unigram_entropy": windows.meta["unigram_entropy"],
         "vocab": model.config.vocab,
         "train_tokens": windows.meta["splits"]["train"]["tokens"],

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jaxtyping import Array, Int
 
 from fbi.data.tokenizer import Tokenizer
@@ -13,7 +14,7 @@ from fbi.lazy import make_callable
 from fbi.model import Model, Params
 from fbi.model.axes import mesh_in_use
 from fbi.model.calibrate import calibrate, learned_sites
-from fbi.model.convert import adapt
+from fbi.model.convert import adapt, check_routers
 from fbi.model.convert_gguf import smollm2
 from fbi.model.convert_hf import load_safetensors
 from fbi.policy import Methods, Policy
@@ -98,17 +99,36 @@ def load_teacher(run: Run, tokenizer: Tokenizer) -> tuple[Model, Params]:
 def starting_params(run: Run, target: Model, tokens: Callable[[], Int[Array, "b t"]]) -> Params:
     """Parameters to start from, under the run's policy: at random from the seed, or those that `run.start` names.
 
-    What activation quantizers learn starts from the batch `tokens()` where `run.start` has not learned it.
+    What activation quantizers learn starts from the batch `tokens()` where `run.start` has not learned it. Where a
+    routed model starts from a dense one, its neurons are grouped to experts first, as `run.grouping` says.
     """
     fresh = learned_sites(target)
     if not run.start:
         params = target.init(run.seed)
     else:
         source, given = _given(run)
-        params = adapt(given, source, target)
+        check_routers(source.config, target.config)
+        if target.config.expert and not source.config.expert:
+            given = _grouped(run, source, given, tokens)
+        params = adapt(given, source, target, run.seed)
         there = lambda site: source.bound.get(site, Methods()).activation  # noqa: E731
         fresh = [site for site in fresh if there(site) != target.bound[site].activation]
     return calibrate(target, params, tokens(), fresh) if fresh else params
+
+
+def _grouped(run: Run, source: Model, params: Params, tokens: Callable[[], Int[Array, "b t"]]) -> Params:
+    """The weights of a dense model with the neurons of each MLP in an order in which neighbours make experts."""
+    if run.grouping == "contiguous":  # as they lie
+        return params
+    from fbi.model.experts import group
+
+    seen = None
+    if run.grouping == "coactivation":
+        inputs = source.features(params, tokens(), wanted=("layers.*.mlp.down",))[1]["mlp.down"]
+        seen = np.asarray(inputs, np.float32).reshape(source.config.layers, -1, source.config.ff)
+    return group(
+        source.config, params, run.model.expert, run.grouping, run.seed, activations=seen, policy=source.policy
+    )
 
 
 def _given(run: Run) -> tuple[Model, Params]:

@@ -28,6 +28,7 @@ from fbi.train.rundir import Metrics
 from fbi.train.step import State, Step
 
 Pending = tuple[int, dict[str, jax.Array], Any]  # (step, sums, what was diagnosed), on the devices
+Finish = Callable[[State, int], tuple[State, list[dict[str, Any]]]]  # (state, step) -> (state, rows)
 Rows = Callable[[State, int, bool], list[dict[str, Any]]]  # (state, step, last) -> rows of an evaluation
 
 
@@ -81,6 +82,7 @@ class Loop:
     metrics: Metrics
     reporter: Reporter
     diagnostics: Diagnostics | None = None
+    finish: Finish = lambda state, step: (state, [])  # of the state after the last step, before it is evaluated
 
     def __post_init__(self):
         self.guard = Guard(self.run.guard)
@@ -104,6 +106,10 @@ class Loop:
                     if fault:
                         state, step, iterator = self._go_back(step, fault)
                         continue
+                if last and step != self.evaluated:  # a restored state was finished before it was saved
+                    state, told = self.finish(state, step)
+                    for row in told:
+                        self.metrics.append(row)
                 if look and step != self.evaluated:
                     self._evaluate(state, step, last)
                 if save and step != 0:

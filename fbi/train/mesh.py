@@ -39,6 +39,7 @@ def check(sizes: dict[str, int], model: ModelConfig, batch: int, accumulate: int
         ("data", "data.batch" if accumulate == 1 else "data.batch / accumulate", batch // accumulate),
         ("data", f"{role}.dim", model.dim),
         *(("model", f"{role}.{name}", getattr(model, name)) for name in ("heads", "kv_heads", "ff", "vocab")),
+        ("model", f"{role}.ff / {role}.expert", model.experts),
     ]
     wrong = [f"{axis}={sizes[axis]} does not divide {name}={size}" for axis, name, size in split if size % sizes[axis]]
     if wrong:

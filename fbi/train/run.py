@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from fbi.data.config import DataConfig
 from fbi.errors import InputError, unknown
+from fbi.fields import hashed, later
 from fbi.files import content_hash
 from fbi.model.config import PRESETS, ModelConfig, preset
 from fbi.optim.config import OptimizerConfig
@@ -49,11 +50,16 @@ class Run:
     """Optimizer steps."""
     seed: int = 0
     """Of the initialisation."""
+    sparsity: float = later(0.0)
+    """Share of experts that the routers shall leave out at the threshold, met by moving the weight of `efficiency`;
+    0: that weight stays as the loss gives it."""
+    grouping: Literal["kmeans", "random", "contiguous", "coactivation"] = later("kmeans")
+    """How neurons become experts where a routed model starts from a dense one; contiguous: they stay in their order."""
 
     @property
     def hash(self) -> str:
         """Twelve hex digits that name this configuration."""
-        return content_hash(to_json(self))
+        return content_hash(hashed(self))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The training step: loss, gradient, update, compiled once, its state donated."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,25 +9,31 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from fbi.loss import Loss, Outputs
+from fbi.loss import NO_WATCH, Loss, Outputs, Watch
+from fbi.loss.weighted import NO_WEIGHTS
 from fbi.model import Model, Params
 from fbi.quant import Ctx
+from fbi.train.control import NO_CONTROL, Control
 
-State = dict[str, Any]  # {"params": ..., "opt": ...}
+State = dict[str, Any]  # {"params": ..., "opt": ...}, and what a control keeps
 Step = Callable[..., tuple[State, dict[str, Array]]]
 Objective = Callable[..., tuple[Float[Array, ""], dict[str, Array]]]
 
 
-def init_state(model: Model, tx: optax.GradientTransformation, key: Array) -> State:
+def init_state(model: Model, tx: optax.GradientTransformation, key: Array, control: Control = NO_CONTROL) -> State:
     """Fresh parameters and optimizer state, each leaf made where the mesh in use keeps it."""
-    params = model.init(key)
-    return {"params": params, "opt": jax.jit(tx.init)(params)}
+    return begun(model.init(key), tx, control)
 
 
-def abstract_state(model: Model, tx: optax.GradientTransformation) -> State:
+def begun(params: Params, tx: optax.GradientTransformation, control: Control = NO_CONTROL) -> State:
+    """The state in which training from these parameters begins."""
+    return {"params": params, "opt": jax.jit(tx.init)(params), **jax.jit(control.init)()}
+
+
+def abstract_state(model: Model, tx: optax.GradientTransformation, control: Control = NO_CONTROL) -> State:
     """Shapes, types and shardings of the state on the mesh in use."""
     params = model.abstract()
-    return on_mesh({"params": params, "opt": jax.eval_shape(tx.init, params)})
+    return on_mesh({"params": params, "opt": jax.eval_shape(tx.init, params), **jax.eval_shape(control.init)})
 
 
 def on_mesh(abstract: Any) -> Any:
@@ -55,24 +61,37 @@ def context(model: Model, progress: Float[Array, ""], tokens: Int[Array, "b t"])
 
 
 def make_objective(
-    loss: Loss, *, teacher: Model | None = None, parts: int = 1, separator: int | None = None
+    loss: Loss,
+    *,
+    teacher: Model | None = None,
+    parts: int = 1,
+    separator: int | None = None,
+    watch: Watch = NO_WATCH,
 ) -> Objective:
     """What a step differentiates: (model, params, teacher_params, tokens [b, t+1], progress) -> (mean loss, sums).
 
     The mean is over predictions, divided by `parts`: those of equal parts of a batch add up to that of the whole.
+    `weights`, a last argument, take the place of those that the loss gives its terms.
     """
+    wanted = tuple(dict.fromkeys((*loss.features, *watch.features)))
 
     def objective(
-        model: Model, params: Params, teacher_params: Params | None, tokens: Array, progress: Array
+        model: Model,
+        params: Params,
+        teacher_params: Params | None,
+        tokens: Array,
+        progress: Array,
+        weights: Mapping[str, Array] = NO_WEIGHTS,
     ) -> tuple[Array, dict[str, Array]]:
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         documents = documents_of(inputs, separator)
-        logits, features = model.features(params, inputs, documents, context(model, progress, tokens), loss.features)
+        logits, features = model.features(params, inputs, documents, context(model, progress, tokens), wanted)
         taught, known = None, {}
         if teacher is not None:
-            taught, known = teacher.features(teacher_params or {}, inputs, documents, wanted=loss.features)
-        total, sums = loss(Outputs(logits, labels, taught, features, known))
-        return total / (labels.size * parts), sums
+            taught, known = teacher.features(teacher_params or {}, inputs, documents, wanted=loss.teacher_features)
+        out = Outputs(logits, labels, taught, features, known)
+        total, sums = loss(out, weights)
+        return total / (labels.size * parts), sums | watch.sums(out)
 
     return objective
 
@@ -85,38 +104,42 @@ def make_step(
     teacher: Model | None = None,
     accumulate: int = 1,
     separator: int | None = None,
+    watch: Watch = NO_WATCH,
+    control: Control = NO_CONTROL,
 ) -> Step:
     """The compiled step (state, teacher_params, tokens [b, t+1], progress) -> (state, sums).
 
     Sums are over the batch: `loss`, `ce`, `floor` (with a teacher), each term of the loss by its kind, `count` of
-    predictions; `grad_norm` before clipping. The batch is computed in `accumulate` parts whose gradients add up to that
-    of the whole.
+    predictions; `grad_norm` before clipping; what `watch` and `control` tell. The batch is computed in `accumulate`
+    parts whose gradients add up to that of the whole.
     """
-    objective = make_objective(loss, teacher=teacher, parts=accumulate, separator=separator)
+    objective = make_objective(loss, teacher=teacher, parts=accumulate, separator=separator, watch=watch)
     gradient = jax.grad(functools.partial(objective, model), has_aux=True)
 
     def whole(
-        params: Params, teacher_params: Params | None, tokens: Array, progress: Array
+        params: Params, teacher_params: Params | None, tokens: Array, *rest: Any
     ) -> tuple[Params, dict[str, Array]]:
         if accumulate == 1:
-            return gradient(params, teacher_params, tokens, progress)
+            return gradient(params, teacher_params, tokens, *rest)
         b, t = tokens.shape
         # Rows are dealt out in turn, so that every part keeps its share of each device.
         parts = tokens.reshape(b // accumulate, accumulate, t).swapaxes(0, 1)
-        first = gradient(params, teacher_params, parts[0], progress)
+        first = gradient(params, teacher_params, parts[0], *rest)
 
         def add(total: Any, part: Array) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, teacher_params, part, progress)), None
+            return jax.tree.map(jnp.add, total, gradient(params, teacher_params, part, *rest)), None
 
         return jax.lax.scan(add, first, parts[1:])[0]
 
     def step(
         state: State, teacher_params: Params | None, tokens: Int[Array, "b t"], progress: Float[Array, ""]
     ) -> tuple[State, dict[str, Array]]:
-        gradients, sums = whole(state["params"], teacher_params, tokens, progress)
+        gradients, sums = whole(state["params"], teacher_params, tokens, progress, control.weights(state))
         updates, opt = tx.update(gradients, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         count = jnp.asarray(tokens.shape[0] * (tokens.shape[1] - 1))
-        return {"params": params, "opt": opt}, sums | {"count": count, "grad_norm": optax.tree.norm(gradients)}
+        kept, told = control.update({**state, "params": params}, sums, count)
+        means = {"count": count, "grad_norm": optax.tree.norm(gradients)}
+        return {"params": params, "opt": opt, **kept}, sums | told | means
 
     return jax.jit(step, donate_argnums=0)

@@ -120,7 +120,9 @@ def test_attention_stays_in_documents_where_a_separator_is_given(model, params):
     other[1] = tokens[1] % (VOCAB - 1) + 1
 
     def second_document(tokens, separator):
-        return float(perplexity._nats(model, separator, params, jnp.asarray(tokens)[None], jnp.array([4])))
+        nothing = perplexity.NO_TALLY
+        total, _ = perplexity._sums(model, separator, nothing, params, jnp.asarray(tokens)[None], jnp.array([4]))
+        return float(total)
 
     with jax.set_mesh(mesh_1x1()):
         assert second_document(tokens, SEPARATOR) == second_document(other, SEPARATOR)
@@ -129,11 +131,11 @@ def test_attention_stays_in_documents_where_a_separator_is_given(model, params):
 
 def test_a_second_evaluation_compiles_nothing_and_transfers_nothing_unasked(model, params):
     score(model, params, stream(41))
-    compiled = perplexity._nats._cache_size()
+    compiled = perplexity._sums._cache_size()
     changed = jax.tree.map(lambda x: x * 2, params)
     with jax.transfer_guard("disallow"):
         score(model, changed, stream(60, seed=1))
-    assert perplexity._nats._cache_size() == compiled
+    assert perplexity._sums._cache_size() == compiled
 
 
 def test_progress_counts_windows(model, params):
