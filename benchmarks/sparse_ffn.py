@@ -130,9 +130,7 @@ def measure(shape: str, methods: list[str], batch: int, dtype: str, rounds: int,
             before = timed(baseline)
             times[key].append(timed(call))
             ratios[key].append(times[key][-1] / before)
-    print(
-        f"{'method':10} {'sparsity':>8} {'read':>6} {'ms':>9} {'x dense':>8} {'range':>13} {'floor':>9} {'x':>8}"
-    )
+    print(f"{'method':10} {'sparsity':>8} {'read':>6} {'ms':>9} {'x dense':>8} {'range':>13} {'floor':>9} {'x':>8}")
     for method, sparsity in calls:
         seconds, r = statistics.median(times[method, sparsity]), ratios[method, sparsity]
         floor = used[sparsity] * size / speed

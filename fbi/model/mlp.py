@@ -45,8 +45,9 @@ class MLP(nnx.Module):
 
     def __init__(self, linear: Callable[[str], Linear], neurons: Neurons, sub_norm: RMSNorm | None, axes: Axes):
         self.neurons, self.axes, self.sub_norm = neurons, axes, sub_norm
-        for name in (*neurons.names, "down"):
+        for name in neurons.names:
             setattr(self, name, linear(f"mlp.{name}"))
+        self.down = linear("mlp.down")
 
     def __call__(self, x: Float[Array, "b t d"], ctx: Ctx) -> Float[Array, "b t d"]:
         return self.project(self.hidden(x, ctx), ctx)

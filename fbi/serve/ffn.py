@@ -49,7 +49,7 @@ def chosen(method: str, platform: str | None = None) -> str:
 def packed_ffn(
     x: Float[Array, "t d"],
     packed: Packed,
-    active: Bool[Array, "t n"],
+    active: Bool[Array, "rows n"],
     activation: str = "silu",
     method: str = "auto",
     first: Int[Array, ""] | int = 0,
