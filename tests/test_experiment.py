@@ -73,10 +73,10 @@ def test_assignments_are_made_in_order():
         ("steps", "'steps' is not FIELD=VALUE, as in --set data.batch=8"),
         (
             "step=3",
-            r"unknown field 'step' \(did you mean 'steps'\?\); valid: data, guard, loss, model, name, optimizer",
+            r"unknown field 'step' \(did you mean 'steps'\?\); valid: data, grouping, guard, loss, model, name",
         ),
         ("data.windows=3", r"did you mean 'data.window'\?\); valid: data.batch, data.corpus, data.field"),
-        ("datas.window=3", r"unknown field 'datas.window'.*valid: data, guard, loss"),
+        ("datas.window=3", r"unknown field 'datas.window'.*valid: data, grouping, guard"),
         ("optimizer.x.y=3", "unknown field 'optimizer.x.y'.*valid: optimizer.b1"),
         ("steps.x=3", "steps is a single value, it has no field x"),
         ("data=3", "--set data: give one of its fields: data.corpus, data.field"),

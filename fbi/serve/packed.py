@@ -32,7 +32,7 @@ def pack(
     up: Float[Array, "d ff"],
     down: Float[Array, "ff d"],
     expert: int = 32,
-    layout: Layout = "columns",
+    layout: str = "columns",
 ) -> Packed:
     """The weights of one layer by blocks of `expert` neighbouring neurons; `InputError` where they do not divide ff."""
     d, ff = up.shape

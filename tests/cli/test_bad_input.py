@@ -42,7 +42,7 @@ def config(**fields):
         pytest.param('{"steps": 3}', ["it needs the fields 'format' and 'run'"], id="bare"),
         pytest.param('{"format": 1, "run": 3}', ["must be an object with fields, not 3"], id="no fields"),
         pytest.param(
-            config(stepz=3), ["unknown field 'stepz'", "did you mean 'steps'", "valid: data, guard"], id="field"
+            config(stepz=3), ["unknown field 'stepz'", "did you mean 'steps'", "valid: data, grouping"], id="field"
         ),
         pytest.param(config(data={"bach": 3}), ["unknown field 'data.bach'", "did you mean 'data.batch'"], id="inner"),
         pytest.param(config(steps="many"), ["run.json: steps='many' is not a whole number"], id="type"),
