@@ -23,7 +23,7 @@ from fbi.train import Execution
 from fbi.train import mesh as meshes
 from fbi.train.compose import check
 from fbi.train.control import NO_CONTROL, Eta, moved, sparsity_control
-from fbi.train.load import load
+from fbi.train.load import build_model, load, starting_params
 from fbi.train.step import begun, make_step
 
 EXECUTION = Execution(mesh="data=1", log_every=3, eval_every=6, checkpoint_every=4, keep_every=1)
@@ -53,6 +53,21 @@ def stages(home, tmp_path_factory):
         for name, run in runs.items():
             fbi.train(run, folder / name, EXECUTION)
     return folder
+
+
+@pytest.mark.parametrize("grouping", ["kmeans", "coactivation", "random"])
+def test_grouped_neurons_make_the_same_model(stages, home, grouping):
+    dense = load(stages / "dense")
+    run = stage1(home.corpus, start=str(stages / "dense"), grouping=grouping, model={**ROUTED, "routing": "dense"})
+    target = build_model(run)
+    tokens = jax.random.randint(jax.random.key(0), (2, 16), 0, dense.model.config.vocab)
+    with jax.set_mesh(mesh_1x1()):
+        params = starting_params(run, target, lambda: tokens)
+        given, there = (jax.device_get(tree["layers_0_1"]["mlp"]["up"]["w"]) for tree in (dense.params, params))
+        assert not np.array_equal(given, there)
+        np.testing.assert_array_equal(np.sort(given, axis=-1), np.sort(there, axis=-1))
+        logits = [m.apply(p, tokens) for m, p in ((dense.model, dense.params), (target, params))]
+    np.testing.assert_allclose(*logits, atol=1e-4)
 
 
 def test_the_record_tells_what_routers_do(stages):
