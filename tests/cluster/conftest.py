@@ -1,7 +1,11 @@
 """The undisturbed sweep that the others are compared with."""
 
+import os
+
 import cluster_support as support
 import pytest
+
+os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)  # for all the processes alike: not every service passes it on
 
 
 @pytest.fixture(scope="session")
