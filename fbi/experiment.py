@@ -183,8 +183,9 @@ def smoke(run: Run) -> Run:
 
     What the run is about stays: policy, loss, norm placement, schedule, corpus.
     """
+    few = run.model.top_k and max(1, 128 * run.model.top_k // run.model.ff)
     model = dataclasses.replace(
-        run.model, vocab=512, dim=128, layers=2, heads=2, kv_heads=2, head_dim=64, ff=128, context=128
+        run.model, vocab=512, dim=128, layers=2, heads=2, kv_heads=2, head_dim=64, ff=128, context=128, top_k=few
     )
     data = dataclasses.replace(run.data, tokenizer="bpe:512", window=64, batch=8)
     return dataclasses.replace(run, name=f"{run.name}-smoke", model=model, data=data, steps=2)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from fbi.analysis.codes import Ratio
 from fbi.loss import SCORES, Outputs, Watch
-from fbi.model.router import THRESHOLD
+from fbi.model.routing import THRESHOLD
 
 NEAR = 0.1
 FEATURE = f"layers.*.{SCORES}"

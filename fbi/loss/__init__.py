@@ -22,6 +22,7 @@ from fbi.loss.outputs import Outputs as Outputs
 from fbi.loss.outputs import Watch as Watch
 from fbi.loss.routing import SCORES as SCORES
 from fbi.loss.routing import efficiency as efficiency
+from fbi.loss.routing import prediction as prediction
 from fbi.loss.routing import separability as separability
 from fbi.loss.weighted import ALIASES as ALIASES
 from fbi.loss.weighted import Loss as Loss

@@ -69,5 +69,11 @@ KINDS: dict[str, Kind] = {
         lambda options: (*_PROJECTIONS, _STREAM) if options.get("hidden", 1.0) else _PROJECTIONS,
     ),
     "efficiency": Kind(routing.efficiency, False, {}, lambda options: (_ROUTER,)),
+    "prediction": Kind(
+        routing.prediction,
+        False,
+        {"sparsity": BETWEEN},
+        lambda options: (f"layers.*.{routing.LOGITS}", f"layers.*.{routing.UNITS}"),
+    ),
     "separability": Kind(routing.separability, False, {"tau": BETWEEN, "floor": POSITIVE}, lambda options: (_ROUTER,)),
 }

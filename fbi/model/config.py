@@ -1,6 +1,7 @@
 """Model shapes: one frozen dataclass, the presets by name, and exact parameter counts. Imports no jax."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from fbi.errors import InputError, unknown
@@ -48,14 +49,23 @@ class ModelConfig:
     """The MLP is down(act(gate(x)) * up(x)); false: down(act(up(x))), as in GPT-2 and RoBERTa."""
     expert: int = later(0)
     """Neurons of an expert of the MLP, 32 in LTE (2402.06126); 0: a dense MLP, without routers."""
-    routing: Literal["soft", "hard", "dense"] = later("soft")
+    routing: Literal["soft", "hard", "dense", "softmax"] = later("soft")
     """What the routers do: weigh every expert by its score (LTE's stage 1), keep those above 0.5 and get no gradient
-    (stage 2, serving), or nothing."""
+    (stage 2, serving), nothing, or weigh those chosen by their softmax (mixtures of experts, 1701.06538)."""
+    router: Literal["linear", "low-rank", "noisy", "random", "oracle"] = later("linear")
+    """Where the scores come from: LTE's linear map; two thin ones, as Deja Vu (2310.17157); one with learned
+    noise (1701.06538); one that is never trained; or the hidden units themselves (MoEfication, 2110.01786)."""
+    top_k: int = later(0)
+    """Experts that every token uses, those of the highest scores; 0: as many as have scores above 0.5."""
 
     @property
     def experts(self) -> int:
         """Experts of each MLP; 0: it is dense."""
         return self.ff // self.expert if self.expert else 0
+
+
+RANK = 8  # the width of the model over that between the maps of a low-rank router; 12 in Deja Vu's code, of 12,288
+UNTRAINED = ("random", "oracle")  # routers that need no training before they choose
 
 
 def _llama(vocab: int, dim: int, layers: int, heads: int, ff: int, **rest: object) -> ModelConfig:
@@ -121,8 +131,22 @@ def _check_experts(config: ModelConfig) -> None:
     if config.expert and config.ff % config.expert:
         fitting = [n for n in range(1, config.ff + 1) if config.ff % n == 0]
         raise InputError(f"model.expert={config.expert} does not divide ff={config.ff}; use one of {fitting}")
-    if config.routing != "soft" and not config.expert:
-        raise InputError(f"model.routing={config.routing} needs experts, and model.expert=0 has none; set model.expert")
+    for name, usual in (("routing", "soft"), ("router", "linear"), ("top_k", 0)):
+        if (value := getattr(config, name)) != usual and not config.expert:
+            raise InputError(f"model.{name}={value} needs experts, and model.expert=0 has none; set model.expert")
+    if config.expert and not 0 <= config.top_k < config.experts:
+        raise InputError(
+            f"model.top_k={config.top_k} must be at least 0 and below the {config.experts} experts "
+            "(0: those with scores above 0.5)"
+        )
+    if config.router in UNTRAINED and config.routing != "hard":
+        raise InputError(
+            f"model.router={config.router} is never trained, and model.routing={config.routing} is for training; "
+            "use model.routing=hard"
+        )
+    if (config.router == "oracle" or config.routing == "softmax") and not config.top_k:
+        which = "router=oracle" if config.router == "oracle" else "routing=softmax"
+        raise InputError(f"model.{which} ranks experts and has no threshold; set model.top_k")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,12 +185,27 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def router_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The parameters of the router of a routed MLP by name, without the norm inside it."""
+    dim, n = config.dim, config.experts
+    linear: dict[str, tuple[int, ...]] = {"weight": (dim, n), "bias": (n,)}
+    rank = max(dim // RANK, 1)
+    kinds: dict[str, dict[str, tuple[int, ...]]] = {
+        "linear": linear,
+        "random": linear,
+        "low-rank": {"thin": (dim, rank), "weight": (rank, n), "bias": (n,)},
+        "noisy": {**linear, "noise": (dim, n)},
+        "oracle": {},
+    }
+    return kinds[config.router] if config.expert else {}
+
+
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """The exact counts, from the shapes alone."""
     shapes = linear_shapes(config)
     norms = {
         "pre": 2 * config.dim,
-        "inner": sum(i for i, _ in shapes.values()) + (config.dim if config.expert else 0),
+        "inner": sum(i for i, _ in shapes.values()) + (config.dim if router_shapes(config) else 0),
         "sub": 2 * config.dim + shapes["attn.o"][0] + config.ff,
     }[config.norm]
     return ParameterCount(
@@ -174,5 +213,5 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         head=0 if config.tied else config.vocab * config.dim,
         linear=config.layers * sum(i * o for i, o in shapes.values()),
         norm=config.layers * norms + config.dim,
-        router=config.layers * (config.dim + 1) * config.experts,
+        router=config.layers * sum(math.prod(shape) for shape in router_shapes(config).values()),
     )

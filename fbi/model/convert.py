@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fbi.errors import InputError
 from fbi.model.axes import mesh_in_use
-from fbi.model.config import ModelConfig
+from fbi.model.config import UNTRAINED, ModelConfig
 from fbi.model.convert_gguf import load_gguf as load_gguf
 from fbi.model.convert_gguf import smollm2 as smollm2
 from fbi.model.convert_hf import load_safetensors as load_safetensors
@@ -114,7 +114,12 @@ def check_routers(source: ModelConfig, target: ModelConfig) -> None:
             f"cannot adapt routers of experts of {source.expert} neurons to experts of {target.expert}; "
             f"use model.expert={source.expert}, or start from the dense run"
         )
-    if target.routing == "hard" and not source.expert:
+    if source.expert and target.expert and target.router not in (source.router, "oracle"):
+        raise InputError(
+            f"cannot adapt routers of the kind {source.router} to {target.router}; use model.router={source.router}, "
+            "or start from the dense run"
+        )
+    if target.routing == "hard" and not source.expert and target.router not in UNTRAINED:
         raise InputError(
             "model.routing=hard freezes the routers, and the weights to start from have none; train them first in a "
             "run with model.routing=soft (LTE's stage 1), and start from that"

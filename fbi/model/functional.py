@@ -17,7 +17,8 @@ from fbi.model.attention import Cache, Where
 from fbi.model.axes import Axes, mesh_1x1
 from fbi.model.config import ModelConfig
 from fbi.model.decoder import BLOCK_SITES, OPERAND_SITES, Decoder, segments
-from fbi.model.router import check_leaks
+from fbi.model.router import adds_noise
+from fbi.model.routing import check_leaks
 from fbi.policy import Policy, Site
 from fbi.quant import Ctx
 
@@ -193,8 +194,8 @@ class Model:
 
     @functools.cached_property
     def draws(self) -> bool:
-        """Whether any quantizer rounds at random in training."""
-        return any(q.draws for methods in set(self.bound.values()) for q in methods.build())
+        """Whether any quantizer rounds at random in training, or a router adds noise."""
+        return adds_noise(self.config) or any(q.draws for methods in set(self.bound.values()) for q in methods.build())
 
     def parameter_count(self) -> int:
         """Every parameter, the learned scales of the policy included."""

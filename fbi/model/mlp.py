@@ -11,9 +11,10 @@ from jaxtyping import Array, Float
 from fbi.model import taps
 from fbi.model.axes import Axes
 from fbi.model.config import ModelConfig
-from fbi.model.linear import Linear
+from fbi.model.linear import Linear, for_site
 from fbi.model.norm import RMSNorm
-from fbi.model.router import ROUTING, Router, Routing, by_expert
+from fbi.model.router import ROUTERS, Router
+from fbi.model.routing import ROUTING, Routing, by_expert, choice
 from fbi.quant import Ctx
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -69,6 +70,9 @@ class MLP(nnx.Module):
 class RoutedMLP(MLP):
     """sum_i a(G_i(x)) E_i(x): experts E_i are blocks of neighbouring neurons, G_i their scores, a what `routing` says.
 
+    The router makes logits of x (the oracle of the hidden units), `choice` shifts them so that those of the experts to
+    use are positive, and scores are their sigmoid: whatever chooses, an expert in use is one whose score is above 0.5.
+
     LTE, arXiv 2402.06126, section 4. The hidden units are multiplied before norm and down projection, whose quantizer
     then sees what serving computes. Where experts are skipped the quantized units are multiplied once more: a grid
     without a zero would make something of nothing. Under a norm before the down projection (norm=sub, inner) a factor
@@ -83,14 +87,18 @@ class RoutedMLP(MLP):
         axes: Axes,
         router: Callable[[], Router],
         routing: Routing,
+        choice: Callable[[Array], Array],
     ):
         super().__init__(linear, neurons, sub_norm, axes)
-        self.routing, self.router = routing, router()  # made last: the other layers start as in a dense MLP
+        self.routing, self.choice = routing, choice
+        self.router = router()  # made last: the other layers start as in a dense MLP
 
     def __call__(self, x: Float[Array, "b t d"], ctx: Ctx) -> Float[Array, "b t d"]:
-        scores = taps.tap(taps.ROUTER, self.router(x, self.axes.hidden(self.axes.ff)))
-        before, after = self.routing(scores)
-        return self.project(by_expert(self.hidden(x, ctx), before), ctx, lambda h: by_expert(h, after))
+        h, out = self.hidden(x, ctx), self.axes.hidden(self.axes.ff)
+        logits = taps.tap(taps.LOGITS, self.router(self.routing.sees(x), h, out, for_site(ctx, taps.ROUTER)))
+        logits = self.choice(logits)
+        before, after = self.routing.shares(logits, taps.tap(taps.ROUTER, jax.nn.sigmoid(logits)))
+        return self.project(by_expert(h, before), ctx, lambda h: by_expert(h, after))
 
 
 def mlp(
@@ -108,6 +116,6 @@ def mlp(
         return MLP(linear, neurons, sub_norm, axes)
 
     def router() -> Router:
-        return Router(config.dim, config.experts, norm=router_norm, axes=axes, dtype=dtype, rngs=rngs)
+        return ROUTERS[config.router](config, norm=router_norm, axes=axes, dtype=dtype, rngs=rngs)
 
-    return RoutedMLP(linear, neurons, sub_norm, axes, router, ROUTING[config.routing])
+    return RoutedMLP(linear, neurons, sub_norm, axes, router, ROUTING[config.routing], choice(config.top_k))

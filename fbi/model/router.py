@@ -1,32 +1,33 @@
-"""Routers of LTE: a score for each expert of an MLP, what the score does, and which quantizers go with it.
+"""Routers: a logit for each expert of an MLP, of LTE and of what it is compared with.
 
 Learn To be Efficient, arXiv 2402.06126, section 4.
 """
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fbi.errors import InputError
 from fbi.model.axes import Axes
-from fbi.model.config import ModelConfig
+from fbi.model.config import ModelConfig, router_shapes
 from fbi.model.norm import RMSNorm
-from fbi.policy import Methods
+from fbi.quant import Ctx
 
-THRESHOLD = 0.5  # an expert is used where its score is above
 START = 0.8  # the scores of a fresh router, about
 SPREAD = 1.0  # the standard deviation of the logits of a fresh router, for inputs of RMS 1
+LEAST = 1e-30  # the least magnitude whose logarithm is taken
 
-Share = Float[Array, "b t n"] | None
-Routing = Callable[[Float[Array, "b t n"]], tuple[Share, Share]]
+
+def _dot(x: Float[Array, "b t i"], weight: Float[Array, "i o"], out: jax.P) -> Float[Array, "b t o"]:
+    """x @ weight in float32 at least, whatever the compute type."""
+    wide = x.astype(jnp.promote_types(x.dtype, weight.dtype))
+    return jnp.dot(wide, weight, precision=jax.lax.Precision.HIGHEST, out_sharding=out)
 
 
 class Router(nnx.Module):
-    """G(x) = sigmoid(x W + b): [b, t, dim] -> [b, t, experts], in float32 at least whatever the compute type.
+    """x W + b: [b, t, dim] -> [b, t, experts], in float32 at least whatever the compute type.
 
     No site of a policy: it decides what is computed, and costs about 1 % of it (LTE, section 5). The paper names
     neither a bias nor a start. Here b = log(START / (1 - START)) and W ~ N(0, SPREAD² / dim): nearly all experts are
@@ -34,56 +35,95 @@ class Router(nnx.Module):
     singular, and they are unlike enough to pass it one after the other.
     """
 
-    def __init__(self, dim: int, experts: int, *, norm: RMSNorm | None, axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.norm = norm
-        spread = SPREAD / math.sqrt(dim)
-        weight = jax.random.normal(rngs.params(), (dim, experts), dtype, out_sharding=jax.P(None, axes.ff))
-        self.weight = nnx.Param(spread * weight)
-        self.bias = nnx.Param(jnp.full((experts,), math.log(START / (1 - START)), dtype, out_sharding=jax.P(axes.ff)))
+    def __init__(self, config: ModelConfig, *, norm: RMSNorm | None, axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.norm, self.axes = norm, axes
+        shapes = router_shapes(config)
+        for name, shape in shapes.items():
+            if len(shape) == 2:
+                self._draw(name, shape, None if name == "thin" else axes.ff, dtype, rngs)
+        spec = jax.P(axes.ff)
+        self.bias = nnx.Param(jnp.full(shapes["bias"], math.log(START / (1 - START)), dtype, out_sharding=spec))
 
-    def __call__(self, x: Float[Array, "b t d"], out: jax.P) -> Float[Array, "b t n"]:
-        if self.norm is not None:
-            x = self.norm(x)
-        weight = self.weight[...]
-        wide = x.astype(jnp.promote_types(x.dtype, weight.dtype))
-        logits = jnp.dot(wide, weight, precision=jax.lax.Precision.HIGHEST, out_sharding=out)
-        return jax.nn.sigmoid(logits + self.bias[...][None, None, :])
+    def _draw(self, name: str, shape: tuple[int, ...], split: str | None, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        """A map whose outputs have a standard deviation of SPREAD for inputs of RMS 1."""
+        drawn = jax.random.normal(rngs.params(), shape, dtype, out_sharding=jax.P(None, split))
+        setattr(self, name, nnx.Param(SPREAD / math.sqrt(shape[0]) * drawn))
+
+    def __call__(
+        self, x: Float[Array, "b t d"], hidden: Float[Array, "b t f"], out: jax.P, ctx: Ctx
+    ) -> Float[Array, "b t n"]:
+        """Logits, laid out as `out`, of the input of the MLP and its hidden units."""
+        del hidden
+        x = x if self.norm is None else self.norm(x)
+        return self.logits(x, out, ctx) + self.bias[...][None, None, :]
+
+    def logits(self, x: Float[Array, "b t d"], out: jax.P, ctx: Ctx) -> Float[Array, "b t n"]:
+        """Before the bias."""
+        del ctx
+        return _dot(x, self.weight[...], out)
 
 
-def selected(scores: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """1 where an expert is used, 0 where it is skipped; a constant to the gradient."""
-    return jax.lax.stop_gradient((scores > THRESHOLD).astype(scores.dtype))
+class LowRank(Router):
+    """x A B + b: Deja Vu's predictor (arXiv 2310.17157, section 4; two linear maps in its code, without the bias)."""
+
+    def logits(self, x: Float[Array, "b t d"], out: jax.P, ctx: Ctx) -> Float[Array, "b t n"]:
+        """Before the bias."""
+        del ctx
+        return _dot(_dot(x, self.thin[...], self.axes.stream), self.weight[...], out)
 
 
-def _hard(scores: Float[Array, "b t n"]) -> tuple[Share, Share]:
-    chosen = selected(scores)
-    return chosen, chosen
+class Noisy(Router):
+    """x W + N(0, 1) softplus(x W_noise), arXiv 1701.06538, eq. 4: noise where the step has a key, in training alone.
+
+    The paper has no bias and starts both maps at zero; here they start as LTE's, or at step 0 no expert would be before
+    another.
+    """
+
+    def logits(self, x: Float[Array, "b t d"], out: jax.P, ctx: Ctx) -> Float[Array, "b t n"]:
+        """Before the bias."""
+        clean = _dot(x, self.weight[...], out)
+        if ctx.key is None:
+            return clean
+        drawn = jax.random.normal(ctx.key, clean.shape, clean.dtype, out_sharding=out)
+        return clean + drawn * jax.nn.softplus(_dot(x, self.noise[...], out))
 
 
-ROUTING: dict[str, Routing] = {
-    # scores -> what multiplies the hidden units, and what multiplies them again once they are quantized
-    "soft": lambda scores: (scores, None),
-    "hard": _hard,
-    "dense": lambda scores: (None, None),
+class Oracle(Router):
+    """log sum_j |h_j| over the neurons j of each expert: the selection by what experts really do, which skips no work.
+
+    MoEfication, arXiv 2110.01786, section 3.3, "groundtruth selection"; its activations are those of ReLU.
+    """
+
+    def __init__(self, config: ModelConfig, *, norm: RMSNorm | None, axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs):
+        del norm, dtype, rngs
+        self.experts, self.axes = config.experts, axes
+
+    def __call__(
+        self, x: Float[Array, "b t d"], hidden: Float[Array, "b t f"], out: jax.P, ctx: Ctx
+    ) -> Float[Array, "b t n"]:
+        """Logits, laid out as `out`; no gradient passes."""
+        del x, out, ctx
+        return jnp.log(magnitude(hidden, self.experts) + LEAST)
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "linear": Router,
+    "low-rank": LowRank,
+    "noisy": Noisy,
+    "random": Router,  # routing=hard gives it no gradient, and no run before it is needed
+    "oracle": Oracle,
 }
 
 
-def by_expert(h: Float[Array, "b t f"], share: Share) -> Float[Array, "b t f"]:
-    """The hidden units times the share of their expert, a block of f / n neighbours; None: as they are."""
-    if share is None:
-        return h
-    spread = jnp.broadcast_to(share.astype(h.dtype)[..., None], (*share.shape, h.shape[-1] // share.shape[-1]))
-    return h * jax.lax.reshape(spread, h.shape, out_sharding=jax.typeof(h).sharding)
+def adds_noise(config: ModelConfig) -> bool:
+    """Whether the routers of a model add noise in training."""
+    return config.router == "noisy" and config.routing in ("soft", "softmax")
 
 
-def check_leaks(config: ModelConfig, bound: dict[str, Methods]) -> None:
-    """Refuses, for a routed model, a quantizer of the down projection's input that mixes neurons of unlike experts."""
-    for layer in range(config.layers if config.expert else 0):
-        site = f"layers.{layer}.mlp.down"
-        method = bound.get(site, Methods()).activation
-        if config.expert % (block := method.build("activation").reach(config.ff)):
-            raise InputError(
-                f"{site}: a={method} mixes blocks of {block} neurons, model.expert={config.expert}: skipped experts "
-                f"would leak into the others; use block={math.gcd(block, config.expert)}, or experts of a multiple of "
-                f"{block} neurons"
-            )
+def magnitude(hidden: Float[Array, "*s f"], experts: int) -> Float[Array, "*s n"]:
+    """sum_j |h_j| over the neurons of each expert, in float32 at least; a constant to the gradient."""
+    wide = jnp.abs(jax.lax.stop_gradient(hidden)).astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    there = jax.typeof(hidden).sharding
+    blocks = (*hidden.shape[:-1], experts, hidden.shape[-1] // experts)
+    split = jax.NamedSharding(there.mesh, jax.P(*there.spec, None))
+    return jnp.sum(jax.lax.reshape(wide, blocks, out_sharding=split), -1)

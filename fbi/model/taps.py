@@ -7,7 +7,8 @@ the value at once and what it returns is kept; elsewhere `tap` returns its argum
     attn.q.out    its output
     attn.kv       values (keys come before them, and are overwritten) as the cache keeps them, [b, t, g, k]
     attn.qk       queries and keys after the rotary positions, a pair of [b, t, h, k] and [b, s, g, k]
-    mlp.router    the scores of the experts of a routed MLP, in (0, 1), [b, t, n]
+    mlp.router    the scores of the experts of a routed MLP, in (0, 1), those of experts in use above 0.5, [b, t, n]
+    mlp.router.logits   what its router made them of, any number
     out           the residual stream after a block
     head          the input of the head, after the last norm
 
@@ -33,6 +34,7 @@ NOTHING: Wanted = MappingProxyType({})
 LAYERS = "layers.*."
 OPERANDS = ("attn.kv", "attn.qk")
 ROUTER = "mlp.router"
+LOGITS = f"{ROUTER}.logits"
 
 _collector: ContextVar[tuple[Wanted, dict[str, Any]] | None] = ContextVar("collector", default=None)
 
@@ -68,7 +70,7 @@ def tap(name: str, x: Value) -> Value:
 def names(config: ModelConfig) -> list[str]:
     """Every feature that a model of this shape has, a layer's without its prefix."""
     linear = [name for site in linear_shapes(config) for name in (site, f"{site}.out")]
-    return [*linear, *OPERANDS, *([ROUTER] if config.expert else []), "out", "head"]
+    return [*linear, *OPERANDS, *([ROUTER, LOGITS] if config.expert else []), "out", "head"]
 
 
 def resolve(config: ModelConfig, wanted: Mapping[str, Reducer] | Sequence[str]) -> dict[str, Reducer]:

@@ -8,11 +8,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from fbi.optim.bop import bop, clip_latents, freeze_scales
+from fbi.optim.bop import bop, clip_latents, freeze_scales, freeze_zeros
 from fbi.optim.config import OptimizerConfig, check
 from fbi.optim.groups import is_latent, is_router, mask
 
 Schedule = Callable[[Any], Any]
+
+
+FROZEN: dict[str, tuple[optax.GradientTransformation, ...]] = {
+    "": (),
+    "scales": (freeze_scales(),),
+    "zeros": (freeze_zeros(),),
+}
 
 
 def warmup_steps(config: OptimizerConfig, steps: int) -> int:
@@ -87,7 +94,7 @@ def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
         }
         names = {True: "bop", False: "adamw"}
         parts = (optax.partition(kinds, lambda p: jax.tree.map(names.__getitem__, mask(is_latent)(p))),)
-    frozen = (freeze_scales(),) if config.freeze else ()
+    frozen = FROZEN[config.freeze]
     return optax.chain(
         *frozen,
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),

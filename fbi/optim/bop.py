@@ -1,4 +1,4 @@
-"""Bop, an optimizer of signs, and two restrictions on what an optimizer may change."""
+"""Bop, an optimizer of signs, and three restrictions on what an optimizer may change."""
 
 from typing import Any, NamedTuple
 
@@ -66,3 +66,18 @@ def clip_latents(bound: float) -> optax.GradientTransformation:
 def freeze_scales() -> optax.GradientTransformation:
     """Zero in place of what reaches the learned leaves of quantizers: before a clip by norm, and after a decay."""
     return optax.masked(optax.set_to_zero(), mask(is_scale))
+
+
+def freeze_zeros() -> optax.GradientTransformation:
+    """Zero in place of what reaches the zeros among the latent matrices of the blocks: what was pruned stays so."""
+
+    def update(
+        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        assert params is not None, "freezing zeros needs the parameters"
+        return jax.tree.map(lambda u, w: jnp.where(w == 0, jnp.zeros((), u.dtype), u), updates, params), state
+
+    return optax.masked(
+        optax.GradientTransformation(lambda params: optax.EmptyState(), update),  # pyright: ignore[reportArgumentType]
+        mask(is_latent),
+    )

@@ -41,8 +41,9 @@ class OptimizerConfig:
     """Bop: the running mean from which on a sign flips; the paper's 1e-8 is for its losses and scales, so sweep it."""
     latent_clip: float = 0.0
     """Latent matrices of the blocks stay within plus and minus this (BinaryConnect takes 1.0); 0: never clipped."""
-    freeze: Literal["", "scales"] = ""
-    """What gets no update: nothing, or the learned leaves of quantizers (scales, shifts, clips)."""
+    freeze: Literal["", "scales", "zeros"] = ""
+    """What gets no update: nothing, the learned leaves of quantizers (scales, shifts, clips), or zeros of the latent
+    matrices of the blocks, so that pruned weights stay away."""
 
 
 def check(config: OptimizerConfig) -> None:

@@ -74,13 +74,14 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A picture: curves of training, or one measure against another, a point a configuration with its spread."""
+    """A picture: curves of training, one measure against another, a point a configuration, or layers."""
 
     name: str
     title: str
     lines: Sequence[Line]
-    kind: Literal["curves", "line", "scatter"] = "line"
-    """line joins the points of a series; scatter writes the name of the run beside each."""
+    kind: Literal["curves", "line", "scatter", "layers"] = "line"
+    """line joins the points of a series; scatter writes the name of the run beside each; layers shows `y`, a KIND.FIELD
+    of `metrics.jsonl`, at every layer at the end."""
     x: str = "summary.stored_bits_per_weight"
     y: str = "loss"
     x_label: str = ""

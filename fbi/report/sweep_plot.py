@@ -1,6 +1,8 @@
 """The pictures that an experiment asks for: one measure against another, or curves of training, with seed spreads."""
 
 import os
+import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from fbi.report import spec
 from fbi.report.figure import new_figure, save, short, style
 from fbi.report.measure import Found, sample, select
 from fbi.report.plot import smooth
-from fbi.report.runs import points
+from fbi.report.runs import number, points
 from fbi.report.sweep import Results
 
 MOST_LINES = 14  # of a picture that nobody asked for
@@ -23,10 +25,10 @@ def draw(figure: spec.Figure, found: Sequence[Found], path: str | os.PathLike[st
     canvas = new_figure(7.2, 4.8)
     axes = canvas.add_subplot()
     axes.set_xscale("log" if figure.log_x else "linear")
-    drawn = _curves(axes, figure, found) if figure.kind == "curves" else _measures(axes, figure, found)
+    drawn = KINDS.get(figure.kind, _measures)(axes, figure, found)
     if not drawn:
         raise InputError(f"figure {figure.name!r}: none of its runs has {figure.y!r} yet; wait for the first to finish")
-    axes.set_xlabel(figure.x_label or ("training step" if figure.kind == "curves" else figure.x))
+    axes.set_xlabel(figure.x_label or {"curves": "training step", "layers": "layer"}.get(figure.kind, figure.x))
     axes.set_ylabel(figure.y_label)
     axes.set_title(figure.title, loc="left", fontsize="medium")
     axes.grid(alpha=0.25)
@@ -88,6 +90,34 @@ def _curves(axes, figure: spec.Figure, found: Sequence[Found]) -> int:
                 label = None
         drawn += label is None
     return drawn
+
+
+def _layers(axes, figure: spec.Figure, found: Sequence[Found]) -> int:
+    """A field by layer at the last step that has it: the mean over seeds, and their standard deviation."""
+    kind, _, field = figure.y.partition(".")
+    drawn = 0
+    for index, line in enumerate(figure.lines):
+        by_layer: dict[int, list[float]] = {}
+        for run in select(found, line.runs):
+            rows = run.record.rows.get(kind, ())
+            for row in rows:
+                layer, value = re.match(r"layers\.(\d+)\.", str(row.get("site"))), number(row.get(field))
+                if layer and value is not None and row["step"] == rows[-1]["step"]:
+                    by_layer.setdefault(int(layer[1]), []).append(value)
+        if not by_layer:
+            continue
+        colour, marker = style(index)
+        layers = sorted(by_layer)
+        means = [statistics.fmean(by_layer[layer]) for layer in layers]
+        spreads = [statistics.stdev(v) if len(v := by_layer[layer]) > 1 else 0.0 for layer in layers]
+        axes.errorbar(layers, means, yerr=spreads, color=colour, marker=marker, markersize=5, capsize=2,
+                      label=line.label, gid=line.label)  # fmt: skip
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        drawn += 1
+    return drawn
+
+
+KINDS = {"curves": _curves, "layers": _layers}
 
 
 def figures(results: Results) -> list[spec.Figure]:

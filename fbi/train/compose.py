@@ -27,7 +27,7 @@ from fbi.model.decoder import segments
 from fbi.optim.groups import is_router, is_scale
 from fbi.policy import NONE, Methods
 from fbi.train import mesh as meshes
-from fbi.train import routing, sinks
+from fbi.train import pruning, routing, sinks
 from fbi.train.checkpoint import Checkpoints
 from fbi.train.load import build_model, check_teacher, load_teacher, starting_params
 from fbi.train.loop import Loop
@@ -66,6 +66,7 @@ def check(run: Run, execution: Execution = Execution()) -> None:
     if run.teacher and not loss.needs_teacher:
         raise InputError(f"loss={run.loss!r} does not look at teacher={run.teacher!r}; drop it, or use loss=ad")
     routing.check(run, loss)
+    pruning.check(run, loss)
     if loss.whole_batch and execution.accumulate > 1:
         raise InputError(
             f"loss={run.loss!r}: {', '.join(loss.whole_batch)} looks at the whole batch, which accumulate="
@@ -174,6 +175,8 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
         put = lambda step: meshes.put_batch(batches(()).batch_at(step), mesh)[:, :-1]  # noqa: E731
         routed = routing.parts(run, loss, model, put, separator)
 
+        pruned = pruning.told(run)
+
         def fresh() -> State:
             params = starting_params(given, model, lambda: put(0))
             return begun(params, tx, routed.control)
@@ -202,6 +205,7 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
                 tally=routed.tally,
             )
             found = {"loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
+            found |= pruned(state["params"])
             routers = routing_rows(score.tallied, step)
             if routers:
                 found["sparsity"] = routers[-1]["sparsity"]  # of all layers

@@ -17,6 +17,7 @@ from fbi.model.calibrate import calibrate, learned_sites
 from fbi.model.convert import adapt, check_routers
 from fbi.model.convert_gguf import smollm2
 from fbi.model.convert_hf import load_safetensors
+from fbi.model.pruning import Pruning, norms, prune
 from fbi.policy import Methods, Policy
 from fbi.train.checkpoint import load_params
 from fbi.train.run import Execution, Run
@@ -109,14 +110,16 @@ def starting_params(run: Run, target: Model, tokens: Callable[[], Int[Array, "b 
         source, given = _given(run)
         check_routers(source.config, target.config)
         if target.config.expert and not source.config.expert:
-            given = _grouped(run, source, given, tokens)
+            given = _grouped(run, source, given, tokens, run.model.expert)
+        if run.pruning:
+            given = _pruned(run, source, given, tokens)
         params = adapt(given, source, target, run.seed)
         there = lambda site: source.bound.get(site, Methods()).activation  # noqa: E731
         fresh = [site for site in fresh if there(site) != target.bound[site].activation]
     return calibrate(target, params, tokens(), fresh) if fresh else params
 
 
-def _grouped(run: Run, source: Model, params: Params, tokens: Callable[[], Int[Array, "b t"]]) -> Params:
+def _grouped(run: Run, source: Model, params: Params, tokens: Callable[[], Int[Array, "b t"]], expert: int) -> Params:
     """The weights of a dense model with the neurons of each MLP in an order in which neighbours make experts."""
     if run.grouping == "contiguous":  # as they lie
         return params
@@ -126,9 +129,18 @@ def _grouped(run: Run, source: Model, params: Params, tokens: Callable[[], Int[A
     if run.grouping == "coactivation":
         inputs = source.features(params, tokens(), wanted=("layers.*.mlp.down",))[1]["mlp.down"]
         seen = np.asarray(inputs, np.float32).reshape(source.config.layers, -1, source.config.ff)
-    return group(
-        source.config, params, run.model.expert, run.grouping, run.seed, activations=seen, policy=source.policy
-    )
+    return group(source.config, params, expert, run.grouping, run.seed, activations=seen, policy=source.policy)
+
+
+def _pruned(run: Run, source: Model, params: Params, tokens: Callable[[], Int[Array, "b t"]]) -> Params:
+    """The weights of a dense model without those that `run.pruning` takes; a batch of the training data tells norms."""
+    pruning = Pruning.parse(run.pruning)
+    if pruning.block > 1:
+        params = _grouped(run, source, params, tokens, pruning.block)
+    seen = {}
+    if wanted := {f"layers.*.{name}": norms for name in pruning.features}:
+        seen = jax.device_get(source.features(params, tokens(), wanted=wanted)[1])
+    return prune(pruning, params, seen)
 
 
 def _given(run: Run) -> tuple[Model, Params]:

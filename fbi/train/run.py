@@ -55,6 +55,8 @@ class Run:
     0: that weight stays as the loss gives it."""
     grouping: Literal["kmeans", "random", "contiguous", "coactivation"] = later("kmeans")
     """How neurons become experts where a routed model starts from a dense one; contiguous: they stay in their order."""
+    pruning: str = later("")
+    """How the weights of the MLPs are pruned at the start, such as 'wanda:sparsity=0.5,pattern=expert'; '': not."""
 
     @property
     def hash(self) -> str:
