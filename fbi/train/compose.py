@@ -173,7 +173,8 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
         )
         stream = windows.stream("validation")
         put = lambda step: meshes.put_batch(batches(()).batch_at(step), mesh)[:, :-1]  # noqa: E731
-        routed = routing.parts(run, loss, model, put, separator)
+        held = functools.partial(routing.held, windows, run.data.batch, mesh)
+        routed = routing.parts(run, loss, model, held, separator)
 
         pruned = pruning.told(run)
 

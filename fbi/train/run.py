@@ -51,8 +51,8 @@ class Run:
     seed: int = 0
     """Of the initialisation."""
     sparsity: float = later(0.0)
-    """Share of experts that the routers shall leave out at the threshold, met by moving the weight of `efficiency`;
-    0: that weight stays as the loss gives it."""
+    """Share of experts that the routers shall leave out at the threshold, met by moving the weight of `efficiency` and
+    the biases of the routers; 0: that weight stays as the loss gives it, and frozen routers as they are."""
     grouping: Literal["kmeans", "random", "contiguous", "coactivation"] = later("kmeans")
     """How neurons become experts where a routed model starts from a dense one; contiguous: they stay in their order."""
     pruning: str = later("")
