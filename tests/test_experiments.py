@@ -20,8 +20,8 @@ from fbi.train.compose import check
 from fbi.train.run import Execution
 
 HOME = Path(__file__).parents[1]
-NAMES = ("fbi_llm", "quest", "bitnet", "survey")
-PAPERS = ("fbi_llm", "quest", "bitnet")
+NAMES = ("fbi_llm", "quest", "bitnet", "survey", "lte")
+PAPERS = ("fbi_llm", "quest", "bitnet", "lte")
 EXECUTION = Execution(eval_every=0, log_every=1, mesh="data=1", unroll=1, eval_windows=8)
 
 
@@ -127,7 +127,7 @@ def test_an_estimate_for_a_bad_mesh_is_one_line(mesh, says):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name", ["01_quantizers", "02_train_tiny", "03_read_a_sweep"])
+@pytest.mark.parametrize("name", ["01_quantizers", "02_train_tiny", "03_read_a_sweep", "04_sparsity"])
 def test_a_notebook_runs_from_top_to_bottom(name):
     environment = {**os.environ, "MPLBACKEND": "Agg"}
     done = subprocess.run([sys.executable, f"notebooks/{name}.py"], cwd=HOME, env=environment, capture_output=True,
