@@ -46,7 +46,7 @@ def notes(found: Cost) -> list[str]:
         lines.append(
             f"experts: {found.config.experts} of {found.config.expert} neurons a layer, of which a token skips "
             f"{100 * found.sparsity:.3g} %; routers make {100 * found.router_share:.2f} % of the multiply-adds of "
-            f"dense MLPs; a token reads {paper:.3f} bits for each weight of the blocks in print, {stored:.3f} in a file, "
-            f"routers included ({whole[0]:.3f} and {whole[1]:.3f} are stored)"
+            f"dense MLPs; a token reads {paper:.3f} bits for each weight of the blocks in print, {stored:.3f} in a "
+            f"file, routers included ({whole[0]:.3f} and {whole[1]:.3f} are stored)"
         )
     return lines
