@@ -134,9 +134,8 @@ def measure(layer: Layer, methods: list[str], batch: int, rounds: int, shared: b
         f"\n{layer.name}: {layer.d} x {layer.ff}, {layer.n} experts of {EXPERT}, {layer.dtype}, batch {batch}, {kind}"
     )
     print("dense, ms: " + "; ".join(f"{name} {1e3 * s:.3f}" for name, s in found.items()) + f"; baseline: {best}")
-    print(
-        f"weights {size / 1e6:.1f} MB, read at {speed / 1e9:.1f} GB/s at best: dense takes {1e3 * size / speed:.3f} ms or more"
-    )
+    floor = 1e3 * size / speed
+    print(f"weights {size / 1e6:.1f} MB, read at {speed / 1e9:.1f} GB/s at best: dense takes {floor:.3f} ms or more")
     calls: dict[tuple[str, float], Call] = {}
     used: dict[float, float] = {}
     for sparsity in SPARSITIES:
