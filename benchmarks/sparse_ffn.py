@@ -1,17 +1,20 @@
 """What a feed-forward layer costs that reads only its active experts, router included, against the best dense one.
 
-    python benchmarks/sparse_ffn.py [--shapes llama-7b,smollm2-135m] [--batch 1] [--dtype float32] [--rounds 9]
+    python benchmarks/sparse_ffn.py [--shapes llama-7b,smollm2-135m] [--batches 1,4,16] [--dtype float32] [--rounds 7]
 
-Masks are random at each sparsity, the same for all formulations. A sparse time is of the whole layer as it is served:
-router (x @ W_r [d, ff / 32], sigmoid, threshold), then the experts it chose; the router's weights are such that its
-choice is the mask. Dense candidates multiply all weights [in, out] (or [out, in], or with one row more: the fastest
-formulation differs by type and batch); the best of them is the baseline of every ratio. Each sparse call is paired with
-a call of the baseline right before it, pairs of all variants take turns, and a ratio is the median over rounds of the
-ratio within a pair, so that what else the machine does meets both sides. The floor is the time to read the weights in
-use at the bandwidth that reading a large array reaches in the same run.
+Masks are random at each sparsity, the same for all formulations; rows of a batch choose independently (`--shared`: they
+choose alike), so that a batch reads the union, in the column `read`. A sparse time is of the whole layer as it is
+served: router (x @ W_r [d, ff / 32], sigmoid, threshold), then the experts it chose; the router's weights are such that
+its choice is the mask. Dense candidates, without a router: XLA's product with all weights [in, out] (or [out, in], or
+with one row more: the fastest formulation differs by type and batch), and the C++ kernel with every expert on; the best
+of them is the baseline of every ratio. Each sparse call is paired with a call of the baseline right before it, pairs of
+all variants take turns, and a ratio is the median over rounds of the ratio within a pair, so that what else the machine
+does meets both sides. The floor is the time to read the weights in use at the bandwidth that reading a large array
+reaches in the same run, by XLA and by the kernel.
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +26,7 @@ import numpy as np
 
 from fbi.errors import InputError
 from fbi.model.config import PRESETS
+from fbi.serve import native
 from fbi.serve.ffn import METHODS, packed_ffn
 from fbi.serve.packed import Packed, pack
 
@@ -40,8 +44,8 @@ def timed(call: Call) -> float:
     return time.perf_counter() - began
 
 
-def dense_calls(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> dict[str, Call]:
-    """down(silu(x gate) * (x up)) as XLA is given it."""
+def dense_calls(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, packed: Packed) -> dict[str, Call]:
+    """down(silu(x gate) * (x up)) as XLA is given it, and as the kernel computes it with nothing to skip."""
 
     @jax.jit
     def plain(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
@@ -51,12 +55,18 @@ def dense_calls(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -
     def turned(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
         return (jax.nn.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
+    @jax.jit
+    def whole(x: jax.Array, packed: Packed) -> jax.Array:
+        return packed_ffn(x, packed, jnp.ones((len(x), len(packed.down)), bool), "silu", "native")
+
+    kernel: dict[str, Call] = {"kernel": lambda: whole(x, packed)} if native.available() else {}
     rows = jnp.concatenate([x, x[:1]])
     other = [w.T + 0 for w in (gate, up, down)]
     return {
         "[in, out]": lambda: plain(x, gate, up, down),
         "[in, out], a row more": lambda: plain(rows, gate, up, down),
         "[out, in], a row more": lambda: turned(rows, *other),
+        **kernel,
     }
 
 
@@ -89,36 +99,52 @@ def bandwidth(megabytes: int = 512) -> float:
     return block.nbytes / min(timed(lambda: total(block)) for _ in range(5))
 
 
-def measure(shape: str, methods: list[str], batch: int, dtype: str, rounds: int, seed: int) -> None:
-    """Prints the table of one shape."""
-    config = PRESETS[SHAPES[shape]]
-    d, ff, n = config.dim, config.ff, config.ff // EXPERT
-    rng = np.random.default_rng(seed)
+class Layer:
+    """The weights of one shape, made once for all batches."""
 
-    def drawn(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.standard_normal(shape, np.float32) * shape[0] ** -0.5).astype(dtype)
+    def __init__(self, shape: str, dtype: str, seed: int):
+        config = PRESETS[SHAPES[shape]]
+        self.name, self.dtype, self.seed = shape, dtype, seed
+        self.d, self.ff, self.n = config.dim, config.ff, config.ff // EXPERT
+        self.size = 3 * self.d * self.ff * jnp.dtype(dtype).itemsize
+        rng = np.random.default_rng(seed)
 
-    gate, up, down = drawn(d, ff), drawn(d, ff), drawn(ff, d)
-    x = jnp.asarray(rng.standard_normal((batch, d), np.float32)).astype(dtype)
-    columns = pack(gate, up, down, EXPERT)
-    candidates = dense_calls(x, gate, up, down)
+        def drawn(rows: int, columns: int) -> jax.Array:
+            return jnp.asarray(rng.standard_normal((rows, columns), np.float32) * rows**-0.5).astype(dtype)
+
+        self.weights = drawn(self.d, self.ff), drawn(self.d, self.ff), drawn(self.ff, self.d)
+        self.packed = pack(*self.weights, EXPERT)
+
+
+def measure(layer: Layer, methods: list[str], batch: int, rounds: int, shared: bool) -> None:
+    """Prints the table of one shape and batch."""
+    rng, size = np.random.default_rng(layer.seed), layer.size
+    x = jnp.asarray(rng.standard_normal((batch, layer.d), np.float32)).astype(layer.dtype)
+    candidates = dense_calls(x, *layer.weights, layer.packed)
     for call in candidates.values():
         timed(call)
-    found = {name: statistics.median(timed(call) for _ in range(rounds)) for name, call in candidates.items()}
+    tried = [{name: timed(call) for name, call in candidates.items()} for _ in range(rounds)]
+    found = {name: statistics.median(times[name] for times in tried) for name in candidates}
     best = min(found, key=lambda name: found[name])
     baseline = candidates[best]
     want = np.asarray(baseline()[:batch], np.float32)
-    speed, size = bandwidth(), 3 * d * ff * jnp.dtype(dtype).itemsize
-    print(f"\n{shape}: {d} x {ff}, {n} experts of {EXPERT}, {dtype}, batch {batch}; {jax.devices()[0].device_kind}")
-    print("dense, ms: " + "; ".join(f"{name} {1e3 * s:.3f}" for name, s in found.items()))
-    print(f"weights {size / 1e6:.1f} MB; reading {speed / 1e9:.1f} GB/s, floor of dense {1e3 * size / speed:.3f} ms")
+    speed = max(bandwidth(), size / min(times[best] for times in tried))
+    kind = "rows choose alike" if shared else "rows choose independently"
+    print(
+        f"\n{layer.name}: {layer.d} x {layer.ff}, {layer.n} experts of {EXPERT}, {layer.dtype}, batch {batch}, {kind}"
+    )
+    print("dense, ms: " + "; ".join(f"{name} {1e3 * s:.3f}" for name, s in found.items()) + f"; baseline: {best}")
+    floor = 1e3 * size / speed
+    print(f"weights {size / 1e6:.1f} MB, read at {speed / 1e9:.1f} GB/s at best: dense takes {floor:.3f} ms or more")
     calls: dict[tuple[str, float], Call] = {}
     used: dict[float, float] = {}
     for sparsity in SPARSITIES:
-        active = rng.random((batch, n)) >= sparsity
-        used[sparsity] = active.any(0).mean()
+        active = np.repeat(rng.random((1, layer.n)) >= sparsity, batch, 0)
+        if not shared:
+            active = rng.random((batch, layer.n)) >= sparsity
+        used[sparsity] = float(active.any(0).mean())
         for method in methods:
-            call = sparse_call(method, x, columns, active, jax.random.key(seed))
+            call = sparse_call(method, x, layer.packed, active, jax.random.key(layer.seed))
             y = np.asarray(jax.block_until_ready(call()), np.float32)
             if sparsity == 0 and not np.allclose(y, want, atol=0.05 * np.abs(want).max()):
                 raise InputError(f"{method} does not compute the dense layer: off by {np.abs(y - want).max()}")
@@ -130,30 +156,39 @@ def measure(shape: str, methods: list[str], batch: int, dtype: str, rounds: int,
             before = timed(baseline)
             times[key].append(timed(call))
             ratios[key].append(times[key][-1] / before)
-    print(f"{'method':10} {'sparsity':>8} {'read':>6} {'ms':>9} {'x dense':>8} {'range':>13} {'floor':>9} {'x':>8}")
+    print(f"{'method':8} {'sparsity':>8} {'read':>5} {'ms':>9} {'x dense':>8} {'range':>13} {'GB/s':>6} {'x floor':>8}")
     for method, sparsity in calls:
         seconds, r = statistics.median(times[method, sparsity]), ratios[method, sparsity]
-        floor = used[sparsity] * size / speed
-        low, high = min(r), max(r)
+        gigabytes = used[sparsity] * size / 1e9
         print(
-            f"{method:10} {sparsity:8.2f} {used[sparsity]:6.2f} {1e3 * seconds:9.3f} {statistics.median(r):8.3f} "
-            f"{low:6.3f}-{high:6.3f} {1e3 * floor:9.3f} {seconds / floor if floor else float('nan'):8.2f}",
+            f"{method:8} {sparsity:8.2f} {used[sparsity]:5.2f} {1e3 * seconds:9.3f} {statistics.median(r):8.3f} "
+            f"{min(r):6.3f}-{max(r):6.3f} {gigabytes / seconds:6.1f} {seconds * speed / 1e9 / gigabytes:8.2f}",
             flush=True,
         )
 
 
+def load() -> str:
+    """What else runs here, for the heading of a table."""
+    return f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.2f} (1 minute), {os.getloadavg()[1]:.2f} (5 minutes)"
+
+
 def main() -> None:
-    """Prints a table for each shape."""
+    """Prints a table for each shape and batch."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--methods", default="gather,loop,native", help=f"of {', '.join(METHODS)}; in columns' layout")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batches", default="1,4,16")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shared", action="store_true", help="all rows of a batch use the same experts")
     options = parser.parse_args()
+    print(f"{jax.devices()[0].device_kind}, {load()}")
     for shape in options.shapes.split(","):
-        measure(shape, options.methods.split(","), options.batch, options.dtype, options.rounds, options.seed)
+        layer = Layer(shape, options.dtype, options.seed)
+        for batch in map(int, options.batches.split(",")):
+            measure(layer, options.methods.split(","), batch, options.rounds, options.shared)
+    print(f"\nat the end: {load()}")
 
 
 if __name__ == "__main__":

@@ -155,6 +155,7 @@ def generate(
     temperature: float = 0.8,
     top_p: float = 0.9,
     seed: int = 0,
+    sparse: bool = False,
 ) -> None:
     """Text from a trained run.
 
@@ -167,7 +168,9 @@ def generate(
         temperature: 0 takes the likeliest token each time.
         top_p: Draw from the fewest tokens that together have this probability.
         seed: Of the draws.
+        sparse: Read the weights of active experts alone, of a model with model.routing=hard.
     """
+    from fbi import serve
     from fbi.evaluate.generate import generate
     from fbi.train import load
     from fbi.train.compose import SEEDS
@@ -179,6 +182,8 @@ def generate(
     except UnicodeEncodeError as error:
         raise InputError(f"the prompt is not UTF-8 text: {error.reason} at character {error.start}") from error
     model, params, tokenizer = load(directory)
+    if sparse:
+        model, params = serve.sparse(model, params)
     options = {"tokens": tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     print(prompt + generate(model, params, tokenizer, prompt, **options))
 
@@ -224,7 +229,11 @@ def policy(
 
 
 def cost(
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")], policy: str = "fbi", tokens: int = 512
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
+    policy: str = "fbi",
+    tokens: int = 512,
+    expert: int = 0,
+    sparsity: float = 0.0,
 ) -> None:
     """What a model costs: size, operations, energy of its arithmetic, memory of training; counted, not measured.
 
@@ -234,14 +243,19 @@ def cost(
         model: The name of a model preset.
         policy: A preset (fp, fbi, bitnet-b158) or rules.
         tokens: Length of the one sequence that the forward pass is over.
+        expert: Neurons of an expert of the MLPs, 32 in LTE; 0: dense MLPs.
+        sparsity: The share of the experts that a token skips.
     """
+    import dataclasses
+
     from fbi.analysis import cost_rows
     from fbi.analysis.cost import cost
     from fbi.model.config import preset
     from fbi.policy import Policy
     from fbi.report.table import Column, Table
 
-    found = cost(preset(model), Policy.parse(policy), tokens)
+    config = dataclasses.replace(preset(model), expert=expert)
+    found = cost(config, Policy.parse(policy), tokens, sparsity=sparsity)
     columns = [Column(*column) for column in cost_rows.COLUMNS]
     title = f"{model}, {policy}, a forward pass over {tokens} tokens"
     print(Table(columns, cost_rows.rows(found), title=title, notes=cost_rows.notes(found)).terminal(_width()))

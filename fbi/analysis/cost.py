@@ -6,10 +6,12 @@ from typing import Literal, NamedTuple
 
 import jax
 
+from fbi.analysis.active import TokenBits, check_sparsity, token_bits
 from fbi.analysis.energy import NOTHING, PICOJOULES, Energy, Number, product_energy
 from fbi.errors import InputError
-from fbi.model.config import ModelConfig, count_parameters
+from fbi.model.config import ModelConfig, count_parameters, linear_shapes
 from fbi.model.functional import Model
+from fbi.model.taps import ROUTER
 from fbi.policy import NONE, Policy, Report, Row
 from fbi.quant import Method
 
@@ -63,17 +65,34 @@ class Cost:
     report: Report
     products: tuple[Product, ...]
     memory: Memory
+    sparsity: float = 0.0
+
+    @property
+    def token_bits(self) -> TokenBits:
+        """Of the blocks, what decoding a token reads at this sparsity."""
+        return token_bits(self.config, self.policy, self.sparsity)
+
+    @property
+    def router_share(self) -> float:
+        """Multiply-adds of the routers over those of the MLPs with every expert on; 0 where there are none."""
+        return self.config.experts / (len(_mlp_sites(self.config)) * self.config.ff)
 
     @property
     def paper_bytes(self) -> float:
-        """Of the whole model as papers count it: codes and 16-bit scales, 16 bits for all else, norms included."""
+        """Of the whole model as papers count it: codes and 16-bit scales, 16 bits for all else: norms, routers."""
         weights = sum(row.bits.paper for row in self.report.rows if row.bits)
-        return (weights + PAPER_BITS * count_parameters(self.config).norm) / 8
+        return (weights + PAPER_BITS * self._beside) / 8
 
     @property
     def stored_bytes(self) -> int:
         """Of the whole model in a file: packed codes, scales and all else at the width they are computed in."""
-        return self.report.stored_bytes + 4 * count_parameters(self.config).norm
+        return self.report.stored_bytes + 4 * self._beside
+
+    @property
+    def _beside(self) -> int:
+        """Parameters at no site."""
+        count = count_parameters(self.config)
+        return count.norm + count.router
 
     def energy(self, nm: int) -> Energy:
         """Joules of the arithmetic of all products; data movement is left out."""
@@ -103,16 +122,21 @@ def cost(
     wide: Number = "fp16",
     latent: Literal["adamw", "bop"] = "adamw",
     remat: bool = False,
+    sparsity: float = 0.0,
 ) -> Cost:
     """The cost of a forward pass over one sequence of `tokens`, and of training on it.
+
+    `sparsity` is the share of the experts of a routed model that a token skips: their products are left out of the
+    forward pass (LTE, arXiv 2402.06126, table 1), those of the routers are counted; training computes all of them.
 
     Products of the attention (queries with keys, probabilities with values) count every pair of positions, as BitNet's
     table does. Norms, softmax, rotary positions and the lookup of the embedding are left out. `wide` is the type of
     what is not quantized, `latent` what moves the latents of the blocks, `remat` as in `Execution`.
-    `InputError` for fewer than one token, or a policy that does not fit.
+    `InputError` for fewer than one token, or a policy or a sparsity that does not fit.
     """
     if tokens < 1:
         raise InputError(f"tokens={tokens} must be at least 1")
+    check_sparsity(config, sparsity)
     model = Model(config, policy)
     report = policy.report(model)
     products = []
@@ -120,17 +144,36 @@ def cost(
         if row.shape is None or name == "embed":
             continue
         bits = (_code(row), _width(row.methods.activation, (tokens, row.shape[0])))
-        products.append(_product(name, count, (tokens, *row.shape), bits, wide))
+        inner, outer = _active_shape(config, row, sparsity)
+        products.append(_product(name, count, (tokens, inner, outer), bits, wide))
     if config.tied:
         embed, head = (next(row for row in report.rows if row.site == site) for site in ("embed", "head"))
         bits = (_code(embed), _width(head.methods.activation, (tokens, config.dim)))
         products.append(_product("head", 1, (tokens, config.dim, config.vocab), bits, wide))
+    if config.expert:
+        shape = (tokens, config.dim, config.experts)
+        name = f"layers.{f'0-{config.layers - 1}' if config.layers > 1 else 0}.{ROUTER}"
+        products.insert(-1, _product(name, config.layers, shape, (PAPER_BITS, PAPER_BITS), wide))
     shape, heads = (tokens, config.head_dim, tokens), config.layers * config.heads
     cached, probs = (_attention_bits(report, site) for site in _ATTENTION)
     products.insert(-1, _product("queries x keys", heads, shape, (PAPER_BITS, cached), wide))
     products.insert(-1, _product("probs x values", heads, (tokens, tokens, config.head_dim), (cached, probs), wide))
     memory = _memory(model, tokens, latent, remat)
-    return Cost(config, policy, tokens, report, tuple(products), memory)
+    return Cost(config, policy, tokens, report, tuple(products), memory, sparsity)
+
+
+def _mlp_sites(config: ModelConfig) -> list[str]:
+    return [site for site in linear_shapes(config) if site.startswith("mlp.")]
+
+
+def _active_shape(config: ModelConfig, row: Row, sparsity: float) -> tuple[int, int]:
+    """A weight [in, out] less the neurons that a token skips on average, to the next whole neuron."""
+    assert row.shape is not None
+    inner, outer = row.shape
+    active = config.ff - round(sparsity * config.ff)
+    if row.site.endswith(".mlp.down"):
+        return active, outer
+    return (inner, active) if ".mlp." in row.site else (inner, outer)
 
 
 def _code(row: Row) -> float:

@@ -1,5 +1,6 @@
 """The cost of a model as rows and lines, for a table."""
 
+from fbi.analysis.active import token_bits
 from fbi.analysis.cost import Cost, cost
 from fbi.policy import Policy
 
@@ -23,7 +24,7 @@ def rows(found: Cost) -> list[list[str | int | float | None]]:
 
 def notes(found: Cost) -> list[str]:
     """What the table leaves unsaid: size, operations, energy beside full precision, memory, what is not counted."""
-    plain, memory = cost(found.config, Policy(), found.tokens), found.memory
+    plain, memory = cost(found.config, Policy(), found.tokens, sparsity=found.sparsity), found.memory
     mega = lambda n: f"{n / 1e6:,.2f} MB"  # noqa: E731
     ratios = ", ".join(f"{plain.energy(nm).total / found.energy(nm).total:.1f}x at {nm} nm" for nm in (45, 7))
     split = found.energy(7)
@@ -40,4 +41,12 @@ def notes(found: Cost) -> list[str]:
     ]
     if quantized := found.report.quantized_bits:
         lines.insert(1, f"quantized weights: {quantized[0]:.3f} bits each in print, {quantized[1]:.3f} in a file")
+    if found.config.expert:
+        (paper, stored), whole = found.token_bits.per_weight, token_bits(found.config, found.policy).per_weight
+        lines.append(
+            f"experts: {found.config.experts} of {found.config.expert} neurons a layer, of which a token skips "
+            f"{100 * found.sparsity:.3g} %; routers make {100 * found.router_share:.2f} % of the multiply-adds of "
+            f"dense MLPs; a token reads {paper:.3f} bits for each weight of the blocks in print, {stored:.3f} in a "
+            f"file, routers included ({whole[0]:.3f} and {whole[1]:.3f} are stored)"
+        )
     return lines

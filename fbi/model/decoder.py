@@ -1,7 +1,7 @@
 """The decoder: embedding, stacked blocks scanned in segments of equal policy, head."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,27 @@ BLOCK_SITES = ("attn.q", "attn.k", "attn.v", "attn.kv", "attn.probs", "attn.o", 
 OPERAND_SITES = ("attn.kv", "attn.probs")  # of no weight
 
 
-def segments(bound: dict[str, Methods], layers: int) -> list[tuple[int, int]]:
-    """Runs [start, stop) of layers whose sites all get equal methods: each run is one stack, scanned."""
+class Blocks(NamedTuple):
+    """How blocks are made and kept.
+
+    `mlp` makes their MLP, with the arguments of `fbi.model.mlp.mlp`. `stacked`: layers of equal policy are one stack,
+    which compiles once; else each layer has arrays of its own, which no loop copies out of a stack: for decoding.
+    """
+
+    mlp: Callable[..., nnx.Module] = mlp
+    stacked: bool = True
+
+
+STACKED = Blocks()
+
+
+def segments(bound: dict[str, Methods], layers: int, stacked: bool = True) -> list[tuple[int, int]]:
+    """Runs [start, stop) of layers whose sites all get equal methods: each run is one stack, scanned.
+
+    Where they are not `stacked`, each layer is a run of its own.
+    """
     plans = [tuple(bound.get(f"layers.{i}.{site}", Methods()) for site in BLOCK_SITES) for i in range(layers)]
-    starts = [i for i in range(layers) if i == 0 or plans[i] != plans[i - 1]]
+    starts = [i for i in range(layers) if i == 0 or not stacked or plans[i] != plans[i - 1]]
     return list(zip(starts, [*starts[1:], layers], strict=True))
 
 
@@ -39,7 +56,9 @@ def latent_dtype(config: ModelConfig) -> jnp.dtype:
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); the norms lie where the config says."""
 
-    def __init__(self, config: ModelConfig, methods: dict[str, Methods], axes: Axes, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, methods: dict[str, Methods], axes: Axes, rngs: nnx.Rngs, make_mlp: Callable = mlp
+    ):
         c, shapes, dtype = config, linear_shapes(config), latent_dtype(config)
         norm = lambda dim, kind: RMSNorm(dim, c.eps, dtype) if c.norm in kind else None  # noqa: E731
         split = {"attn.q": axes.heads, "attn.k": axes.heads, "attn.v": axes.heads, "attn.o": axes.heads}
@@ -70,7 +89,7 @@ class Block(nnx.Module):
             dtype=dtype,
             axes=axes,
         )
-        self.mlp = mlp(c, linear, norm(c.ff, ("sub",)), norm(c.dim, ("inner",)), axes, dtype, rngs)
+        self.mlp = make_mlp(c, linear, norm(c.ff, ("sub",)), norm(c.dim, ("inner",)), axes, dtype, rngs)
 
     def __call__(
         self, x: Float[Array, "b t d"], where: Where, cache: Cache | None, ctx: Ctx
@@ -83,20 +102,22 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Tokens to logits. Layers are stacked; a policy that differs by depth cuts the stack into segments."""
 
-    def __init__(self, config: ModelConfig, bound: dict[str, Methods], axes: Axes, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, bound: dict[str, Methods], axes: Axes, rngs: nnx.Rngs, blocks: Blocks = STACKED
+    ):
         self.config, self.axes, self.bound = config, axes, bound
         dtype = latent_dtype(config)
         table = (config.vocab, config.dim)
         self.embed = nnx.Param(
             config.init_std * jax.random.normal(rngs.params(), table, dtype, out_sharding=self._table_spec)
         )
-        self.segments = segments(bound, config.layers)
+        self.segments = segments(bound, config.layers, blocks.stacked)
         keys = jax.random.split(rngs.params(), config.layers)  # a layer starts alike under every policy
         for start, stop in self.segments:
             methods = {site: bound.get(f"layers.{start}.{site}", Methods()) for site in BLOCK_SITES}
 
             def build(key: Array, methods: dict[str, Methods] = methods) -> Block:
-                return Block(config, methods, axes, nnx.Rngs(key))
+                return Block(config, methods, axes, nnx.Rngs(key), blocks.mlp)
 
             setattr(self, f"layers_{start}_{stop}", jax.vmap(build)(keys[start:stop]))
         self.norm = RMSNorm(config.dim, config.eps, dtype)

@@ -16,7 +16,7 @@ from fbi.model import taps
 from fbi.model.attention import Cache, Where
 from fbi.model.axes import Axes, mesh_1x1
 from fbi.model.config import ModelConfig
-from fbi.model.decoder import BLOCK_SITES, OPERAND_SITES, Decoder, segments
+from fbi.model.decoder import BLOCK_SITES, OPERAND_SITES, STACKED, Blocks, Decoder, segments
 from fbi.model.router import adds_noise
 from fbi.model.routing import check_leaks
 from fbi.policy import Policy, Site
@@ -67,9 +67,11 @@ class Model:
         axes: Axes = Axes(),
         remat: bool = False,
         unroll: int = 1,
+        blocks: Blocks = STACKED,
     ):
         shapes.check(config)
         self.config, self.policy, self.axes, self.remat, self.unroll = config, policy, axes, remat, unroll
+        self.blocks = blocks
         self.bound = policy.bind(self.sites, config.layers)
         check_leaks(config, self.bound)
 
@@ -79,7 +81,7 @@ class Model:
         return sites_of(self.config)
 
     def _build(self, key: Array) -> Decoder:
-        return Decoder(self.config, self.bound, self.axes, nnx.Rngs(key))
+        return Decoder(self.config, self.bound, self.axes, nnx.Rngs(key), self.blocks)
 
     @functools.cached_property
     def _structure(self) -> Any:
@@ -166,7 +168,7 @@ class Model:
         c = self.config
         out: dict[str, Cache] = {}
         with _some_mesh():
-            for start, stop in segments(self.bound, c.layers):
+            for start, stop in segments(self.bound, c.layers, self.blocks.stacked):
                 shape = (stop - start, batch, length, c.kv_heads, c.head_dim)
                 spec = jax.P(None, *self.axes.per_head)
                 k, v = (jnp.zeros(shape, c.dtype, out_sharding=spec) for _ in "kv")

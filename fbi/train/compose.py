@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fbi import optim
+from fbi.analysis.active import token_bits
 from fbi.analysis.batch import activations, alignment, on_part
 from fbi.analysis.diagnostics import Diagnostics
 from fbi.analysis.names import parse as diagnostic_names
@@ -210,6 +211,8 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
             routers = routing_rows(score.tallied, step)
             if routers:
                 found["sparsity"] = routers[-1]["sparsity"]  # of all layers
+                active = token_bits(run.model, model.policy, found["sparsity"])
+                found["active_bits_per_weight"] = active.per_weight[0]
             row = {"kind": "eval", "step": step, "split": "validation", **found, "tokens": score.tokens}
             return [row, *scale_rows(model, state["params"], step), *routers]
 
@@ -256,7 +259,8 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
                 final = final or rows(state, run.steps, True)  # a run stopped between its last checkpoint and here
         finally:
             checkpoints.close()
-    best = {name: final[0][name] for name in ("loss", "perplexity", "bits_per_byte", "sparsity") if name in final[0]}
+    kept = ("loss", "perplexity", "bits_per_byte", "sparsity", "active_bits_per_weight")
+    best = {name: final[0][name] for name in kept if name in final[0]}
     write_json(directory / "done.json", {"steps": run.steps, **best, "hash": run.hash})
     return _result(directory)
 

@@ -5,7 +5,9 @@ import math
 
 import pytest
 
+from fbi.analysis.active import token_bits
 from fbi.analysis.cost import activation_bytes, cost
+from fbi.analysis.cost_rows import notes
 from fbi.analysis.energy import PICOJOULES, product_energy
 from fbi.errors import InputError
 from fbi.model.config import PRESETS, ModelConfig
@@ -106,6 +108,63 @@ def test_a_tied_head_is_counted_once_in_size_and_once_in_work():
     tied = cost(dataclasses.replace(TINY, tied=True), Policy(), 10)
     untied = cost(TINY, Policy(), 10)
     assert (tied.macs, untied.paper_bytes - tied.paper_bytes) == (untied.macs, 2 * 100 * 8)
+
+
+ROUTED = dataclasses.replace(TINY, expert=4)  # four experts of four neurons
+
+
+def test_routers_are_counted_and_skipped_experts_are_not_by_hand():
+    dense, routed, half = (cost(c, Policy(), 10, sparsity=s) for c, s in ((TINY, 0.0), (ROUTED, 0.0), (ROUTED, 0.5)))
+    macs = {p.site: p.macs for p in half.products}
+    assert macs["layers.0-1.mlp.router"] == 2 * 8 * 4 * 10
+    assert macs["layers.0-1.mlp.gate"] == macs["layers.0-1.mlp.up"] == macs["layers.0-1.mlp.down"] == 2 * 8 * 8 * 10
+    assert routed.macs == dense.macs + 640
+    assert half.macs == routed.macs - 3 * 1280
+    assert [p.site for p in half.products][-4:] == ["layers.0-1.mlp.router", "queries x keys", "probs x values", "head"]
+    assert routed.router_share == 640 / (3 * 2560)
+    assert dense.router_share == 0
+    # Beside the sites: routers of (8 + 1) * 4 numbers a layer.
+    assert routed.paper_bytes - dense.paper_bytes == 2 * 36 * 2
+    assert routed.stored_bytes - dense.stored_bytes == 2 * 36 * 4
+    # An MLP without a gate: two products.
+    assert cost(dataclasses.replace(ROUTED, gated=False), Policy(), 10).router_share == 640 / (2 * 2560)
+
+
+def test_a_router_of_a_7b_model_is_a_hundredth_of_its_mlp():
+    config = dataclasses.replace(PRESETS["llama2-7b"], expert=32)
+    assert cost(config, Policy(), 1).router_share == pytest.approx(344 / (3 * 11_008))  # 1.04 %
+
+
+def test_bits_that_a_token_reads_by_hand():
+    # fbi: a bit a weight, alpha and beta for each input of a matrix, of 16 bits in print and 32 in a file.
+    attention, mlp = (8 * 8 * 2 + 8 * 4 * 2, 2 * 4 * 8), (3 * 8 * 16, 2 * (8 + 8 + 16))
+    router = (8 + 1) * 4
+    for active in (1.0, 0.5, 0.0):
+        found = token_bits(ROUTED, Policy.parse("fbi"), 1 - active)
+        for bits, width in ((found.paper, 16), (found.stored, 32)):
+            sizes = [weights + width * scales for weights, scales in (attention, mlp)]
+            assert bits == 2 * (sizes[0] + active * sizes[1] + width * router)
+        assert found.weights == 2 * (192 + 384)
+        assert found.per_weight == (found.paper / 1152, found.stored / 1152)
+    assert token_bits(TINY, Policy()).per_weight == (16.0, 32.0)
+    half = cost(ROUTED, Policy.parse("fbi"), 10, sparsity=0.5)
+    assert half.token_bits == token_bits(ROUTED, Policy.parse("fbi"), 0.5)
+    assert "a token skips 50 %; routers make 8.33 % of" in " ".join(notes(half))
+
+
+@pytest.mark.parametrize(
+    ("config", "sparsity", "says"),
+    [
+        (ROUTED, 1.5, "sparsity=1.5 is no share of experts"),
+        (ROUTED, -0.1, "sparsity=-0.1 is no share of experts"),
+        (TINY, 0.5, "sparsity=0.5 needs experts, and model.expert=0 has none"),
+    ],
+)
+def test_a_sparsity_that_cannot_be_is_refused(config, sparsity, says):
+    with pytest.raises(InputError, match=says):
+        cost(config, Policy(), 10, sparsity=sparsity)
+    with pytest.raises(InputError, match=says):
+        token_bits(config, Policy(), sparsity)
 
 
 def test_memory_by_hand():

@@ -1,6 +1,7 @@
 """LTE as ordinary runs: dense, stage 1, stage 2; the record, a requested sparsity, resuming; what is refused."""
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -16,8 +17,9 @@ from fbi import optim
 from fbi.analysis.routing import SIZES, WATCH, routing_rows, routing_tallies
 from fbi.errors import InputError
 from fbi.loss import Loss
-from fbi.model import Model, ModelConfig
+from fbi.model import Model
 from fbi.model.axes import mesh_1x1
+from fbi.model.config import PRESETS
 from fbi.policy import Policy
 from fbi.train import Execution
 from fbi.train import mesh as meshes
@@ -91,6 +93,11 @@ def test_the_record_tells_what_routers_do(stages):
         assert unions[0] == pytest.approx(row["sparsity"])
     evaluated = rows(stages / "first", "eval")
     assert [row["sparsity"] for row in evaluated] == [row["sparsity"] for row in routing if row["site"] == "all"]
+    # bitnet-b158 in print: log2(3) bits and a scale of 16 a matrix; routers of 33 x 8 numbers of 16 bits.
+    attention, mlp = ((n * size * math.log2(3) + n * 16) for n, size in ((4, 32 * 32), (3, 32 * 64)))
+    for row in evaluated:
+        bits = attention + (1 - row["sparsity"]) * mlp + 16 * 33 * 8
+        assert row["active_bits_per_weight"] == pytest.approx(bits / (4 * 1024 + 3 * 2048), rel=1e-6)
     assert not any("sparsity" in row for row in rows(stages / "dense"))
 
 
@@ -148,30 +155,46 @@ def test_a_resumed_controller_has_the_same_numbers(step, stages, monkeypatch, ho
     assert_same(directory, stages / "first")
 
 
-def test_both_stages_train_under_a_mixture_of_methods():
-    policy = Policy.parse(
-        "layers.*.mlp.gate: w=fbi | layers.*.mlp.up: w=bitnet-b158;a=absmax:bits=8 | "
-        "layers.*.mlp.down: w=quest:bits=4,block=32;a=quest:bits=4,block=32"
-    )
-    config = ModelConfig(vocab=64, dim=32, layers=1, heads=2, kv_heads=2, head_dim=16, ff=64, expert=32, context=32)
+MIXTURE = (
+    "layers.*.mlp.gate: w=fbi | layers.*.mlp.up: w=bitnet-b158;a=absmax:bits=8 | "
+    "layers.*.mlp.down: w=quest:bits=4,block=32;a=quest:bits=4,block=32"
+)
+QUEST = MIXTURE.split("|")[-1].replace("mlp.down", "{attn.q,attn.k,attn.v,attn.o,mlp.gate,mlp.up,mlp.down}")
+
+
+@pytest.mark.parametrize(
+    "policy", ["fp", "fbi", "bitnet-b158", QUEST, MIXTURE], ids=["fp", "fbi", "b158", "quest", "mix"]
+)
+def test_both_stages_train_under_each_policy(policy):
+    config = dataclasses.replace(PRESETS["nano"], expert=32, vocab=64, context=32)
     tokens = np.random.default_rng(0).integers(0, 64, (4, 17)).astype(np.int32)
-    tx = optim.build(optim.OptimizerConfig(warmup=0.0, lr=0.01), 10)
+    tx = optim.build(optim.OptimizerConfig(warmup=0.0, lr=0.005), 10)
+    policy = Policy.parse(policy)
     with jax.set_mesh(mesh_1x1()):
         weights, batch = Model(config, policy).init(0), meshes.put_batch(tokens, jax.sharding.get_mesh())
+        name = next(name for name in weights if name.startswith("layers_"))
+        weights[name]["mlp"]["router"]["bias"] *= 0.0  # half of the experts, that there is something to skip
         for routing, loss, control in (("soft", LOSS, sparsity_control(0.5, 0.5)), ("hard", "ce", NO_CONTROL)):
             model = Model(dataclasses.replace(config, routing=routing), policy)
             step, found = make_step(model, Loss.parse(loss), tx, watch=WATCH, control=control), []
-            before, state = jax.device_get(weights["layers_0_1"]["mlp"]), begun(weights, tx, control)
+            before, state = jax.device_get(weights[name]["mlp"]), begun(weights, tx, control)
             for _ in range(3):
                 state, sums = step(state, None, batch, jnp.float32(0))
                 found.append(float(sums["ce"]))
             assert found[-1] < found[0], routing
             assert all(math.isfinite(float(value)) for value in sums.values())
             weights = state["params"]
-            after = weights["layers_0_1"]["mlp"]
+            after = weights[name]["mlp"]
             assert not np.array_equal(before["down"]["w"], after["down"]["w"])
-            for name, leaf in after["router"].items():
-                assert np.array_equal(before["router"][name], leaf) == (routing == "hard")
+            assert after["router"].keys() == {"weight", "bias"}  # nothing of a quantizer's
+            for leaf, now in after["router"].items():
+                assert now.dtype == jnp.float32
+                assert np.array_equal(before["router"][leaf], now) == (routing == "hard")
+        wanted = ("mlp.router", "mlp.down")
+        _, seen = jax.jit(functools.partial(model.features, wanted=wanted))(weights, batch[:, :-1])
+    scores, hidden = seen["mlp.router"], seen["mlp.down"].reshape(2, 4, 16, 8, 32)
+    np.testing.assert_array_equal(np.asarray(scores > 0.5), np.asarray(jnp.any(hidden != 0, -1)))
+    assert 0.1 < float(jnp.mean(scores > 0.5)) < 0.9
 
 
 def test_the_controller_by_hand():
