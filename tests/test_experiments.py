@@ -22,6 +22,7 @@ from fbi.train.run import Execution
 HOME = Path(__file__).parents[1]
 NAMES = ("fbi_llm", "quest", "bitnet", "survey", "lte")
 PAPERS = ("fbi_llm", "quest", "bitnet", "lte")
+MESHES = {"lte": "data=16"}  # as many rows as a step has
 EXECUTION = Execution(eval_every=0, log_every=1, mesh="data=1", unroll=1, eval_windows=8)
 
 
@@ -76,7 +77,7 @@ def test_the_guide_s_experiment_is_whole_and_short(tmp_path):
 @pytest.mark.parametrize("name", PAPERS)
 def test_paper_scale_is_planned_and_estimated(name, tmp_path):
     made = plan(HOME / f"experiments/{name}.py", tmp_path, scale="paper")
-    shown = table(HOME / f"experiments/{name}.py", "paper", "data=128", "v5p", 0.4)
+    shown = table(HOME / f"experiments/{name}.py", "paper", MESHES.get(name, "data=128"), "v5p", 0.4)
     assert len(shown.rows) == len(made.runs)
     for run in made.runs.values():
         Policy.parse(run.policy)

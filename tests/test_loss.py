@@ -264,7 +264,7 @@ def test_text_is_read_as_terms(text, terms):
     ("text", "says"),
     [
         ("", "'' is not WEIGHT.KIND:OPTIONS"),
-        ("xent", "unknown loss 'xent'; valid: ad, cakld, ce, dmd, efficiency, hidden, kl, mix, rkl, separability"),
+        ("xent", "unknown loss 'xent'; valid: ad, cakld, ce, dmd, efficiency, hidden, kl, mix, prediction, rkl, separability"),
         ("mx", r"did you mean 'mix'\?"),
         ("ce +", "'' is not WEIGHT.KIND:OPTIONS"),
         ("2**ce", "is not WEIGHT.KIND"),
@@ -322,7 +322,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_every_kind_is_tested_here():
-    assert set(KINDS) == {"ce", "ad", "kl", "rkl", "cakld", "hidden", "dmd", "efficiency", "separability"}
+    assert set(KINDS) == {"ce", "ad", "kl", "rkl", "cakld", "hidden", "dmd", "efficiency", "separability", "prediction"}
 
 
 @pytest.mark.parametrize("text", ["ce", "ad", "ad:temperature=2,top_k=3", "mix", "kl + rkl", "cakld:temperature=2"])

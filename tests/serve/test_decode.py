@@ -88,6 +88,7 @@ def test_a_step_copies_no_weights_and_writes_the_cache_in_place(ready):
     [
         ("fp", {"routing": "soft"}, "model.expert=16, routing=soft skips no expert; use a model that was adapted with"),
         ("fp", {"expert": 0, "routing": "soft"}, "model.expert=0, routing=soft skips no expert"),
+        ("fp", {"router": "oracle", "top_k": 2}, "model.router=oracle looks at all neurons before it skips some"),
         ("fp", {"norm": "sub"}, "model.norm=sub has a norm inside the MLP"),
         ("bitnet-b158", {}, r"layers.0.mlp.gate: w=bitnet-b158;a=absmax:bits=8 does more than quantize a weight"),
         ("onebit", {}, "layers.0.mlp.gate: w=onebit;a=none does more than quantize a weight"),
