@@ -264,7 +264,10 @@ def test_text_is_read_as_terms(text, terms):
     ("text", "says"),
     [
         ("", "'' is not WEIGHT.KIND:OPTIONS"),
-        ("xent", "unknown loss 'xent'; valid: ad, cakld, ce, dmd, efficiency, hidden, kl, mix, prediction, rkl, separability"),
+        (
+            "xent",
+            "unknown loss 'xent'; valid: ad, cakld, ce, dmd, efficiency, hidden, kl, mix, prediction, rkl, separability",
+        ),
         ("mx", r"did you mean 'mix'\?"),
         ("ce +", "'' is not WEIGHT.KIND:OPTIONS"),
         ("2**ce", "is not WEIGHT.KIND"),

@@ -9,7 +9,7 @@ import jax
 from fbi.analysis.active import TokenBits, check_sparsity, token_bits
 from fbi.analysis.energy import NOTHING, PICOJOULES, Energy, Number, product_energy
 from fbi.errors import InputError
-from fbi.model.config import ModelConfig, count_parameters, linear_shapes
+from fbi.model.config import ModelConfig, count_parameters, linear_shapes, router_shapes
 from fbi.model.functional import Model
 from fbi.model.taps import ROUTER
 from fbi.policy import NONE, Policy, Report, Row
@@ -17,6 +17,7 @@ from fbi.quant import Method
 
 PAPER_BITS = 16.0  # in which papers count what is not quantized
 _ATTENTION = ("attn.kv", "attn.probs")
+ROUTER_PRODUCTS = {"thin": ".thin", "weight": ""}  # noise is for training
 
 
 class Product(NamedTuple):
@@ -75,7 +76,8 @@ class Cost:
     @property
     def router_share(self) -> float:
         """Multiply-adds of the routers over those of the MLPs with every expert on; 0 where there are none."""
-        return self.config.experts / (len(_mlp_sites(self.config)) * self.config.ff)
+        maps = (math.prod(shape) for name, shape in router_shapes(self.config).items() if name in ROUTER_PRODUCTS)
+        return sum(maps) / (len(_mlp_sites(self.config)) * self.config.ff * self.config.dim)
 
     @property
     def paper_bytes(self) -> float:
@@ -150,10 +152,11 @@ def cost(
         embed, head = (next(row for row in report.rows if row.site == site) for site in ("embed", "head"))
         bits = (_code(embed), _width(head.methods.activation, (tokens, config.dim)))
         products.append(_product("head", 1, (tokens, config.dim, config.vocab), bits, wide))
-    if config.expert:
-        shape = (tokens, config.dim, config.experts)
-        name = f"layers.{f'0-{config.layers - 1}' if config.layers > 1 else 0}.{ROUTER}"
-        products.insert(-1, _product(name, config.layers, shape, (PAPER_BITS, PAPER_BITS), wide))
+    layers = f"layers.{f'0-{config.layers - 1}' if config.layers > 1 else 0}"
+    for name, into in router_shapes(config).items():
+        if name in ROUTER_PRODUCTS:
+            site = f"{layers}.{ROUTER}{ROUTER_PRODUCTS[name]}"
+            products.insert(-1, _product(site, config.layers, (tokens, *into), (PAPER_BITS, PAPER_BITS), wide))
     shape, heads = (tokens, config.head_dim, tokens), config.layers * config.heads
     cached, probs = (_attention_bits(report, site) for site in _ATTENTION)
     products.insert(-1, _product("queries x keys", heads, shape, (PAPER_BITS, cached), wide))

@@ -123,6 +123,10 @@ def test_routers_are_counted_and_skipped_experts_are_not_by_hand():
     assert [p.site for p in half.products][-4:] == ["layers.0-1.mlp.router", "queries x keys", "probs x values", "head"]
     assert routed.router_share == 640 / (3 * 2560)
     assert dense.router_share == 0
+    thin = cost(dataclasses.replace(ROUTED, router="low-rank"), Policy(), 10)  # 8 to 1 to 4
+    assert thin.macs == dense.macs + 2 * (8 * 1 + 1 * 4) * 10
+    assert thin.router_share == 240 / (3 * 2560)
+    assert cost(dataclasses.replace(ROUTED, router="oracle", routing="hard", top_k=2), Policy(), 10).macs == dense.macs
     # Beside the sites: routers of (8 + 1) * 4 numbers a layer.
     assert routed.paper_bytes - dense.paper_bytes == 2 * 36 * 2
     assert routed.stored_bytes - dense.stored_bytes == 2 * 36 * 4

@@ -1,5 +1,6 @@
 """A sweep's tables, verdicts, pictures and page, from files as a sweep leaves them: copied, half finished, damaged."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -214,6 +215,30 @@ def test_figures_draw_what_they_say(root):
     files, warnings = plot(results, root / "figures")
     assert len(files) == 4
     assert not warnings
+
+
+def test_layers_are_drawn_as_they_are_at_the_end_and_as_means_over_seeds(root):
+    (results,) = read(root)
+
+    def with_rows(run):
+        sites = ("layers.0.mlp.router", "layers.1.mlp.router", "all")
+        rows = [
+            {"kind": "routing", "step": step, "site": site, "sparsity": first + 0.2 * layer + 0.01 * run.seed}
+            for step, first in ((0, 0.9), (40, 0.1))
+            for layer, site in enumerate(sites)
+        ]
+        record = dataclasses.replace(run.record, rows={**run.record.rows, "routing": rows})
+        return dataclasses.replace(run, record=record)
+
+    found = [with_rows(run) if run.group == "ce" else run for run in results.found]
+    figure = Figure("layers", "L", (Line("CE", "ce"), Line("none", "fp")), kind="layers", y="routing.sparsity")
+    axes = draw(figure, found).axes[0]
+    ((points, _, _),) = axes.containers
+    assert list(points.get_xdata()) == [0, 1]
+    assert list(points.get_ydata()) == pytest.approx([0.11, 0.31])
+    assert axes.get_xlabel() == "layer"
+    with pytest.raises(InputError, match=r"none of its runs has 'routing\.sparsity' yet"):
+        draw(figure, results.found)
 
 
 def test_a_folder_of_runs_without_a_plan_has_a_table_too(tmp_path, capsys):
