@@ -266,7 +266,7 @@ def test_text_is_read_as_terms(text, terms):
         ("", "'' is not WEIGHT.KIND:OPTIONS"),
         (
             "xent",
-            "unknown loss 'xent'; valid: ad, cakld, ce, dmd, efficiency, hidden, kl, mix, prediction, rkl, separability",
+            "unknown loss 'xent'; valid: ad, cakld, ce, dmd, efficiency, hidden, kl, mix, prediction, rkl, sep",
         ),
         ("mx", r"did you mean 'mix'\?"),
         ("ce +", "'' is not WEIGHT.KIND:OPTIONS"),

@@ -155,8 +155,9 @@ def cost(
     layers = f"layers.{f'0-{config.layers - 1}' if config.layers > 1 else 0}"
     for name, into in router_shapes(config).items():
         if name in ROUTER_PRODUCTS:
-            site = f"{layers}.{ROUTER}{ROUTER_PRODUCTS[name]}"
-            products.insert(-1, _product(site, config.layers, (tokens, *into), (PAPER_BITS, PAPER_BITS), wide))
+            site, (inner, outer) = f"{layers}.{ROUTER}{ROUTER_PRODUCTS[name]}", into
+            shape = (tokens, inner, outer)
+            products.insert(-1, _product(site, config.layers, shape, (PAPER_BITS, PAPER_BITS), wide))
     shape, heads = (tokens, config.head_dim, tokens), config.layers * config.heads
     cached, probs = (_attention_bits(report, site) for site in _ATTENTION)
     products.insert(-1, _product("queries x keys", heads, shape, (PAPER_BITS, cached), wide))

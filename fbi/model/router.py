@@ -35,6 +35,8 @@ class Router(nnx.Module):
     singular, and they are unlike enough to pass it one after the other.
     """
 
+    weight: nnx.Param
+
     def __init__(self, config: ModelConfig, *, norm: RMSNorm | None, axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm, self.axes = norm, axes
         shapes = router_shapes(config)
@@ -66,6 +68,8 @@ class Router(nnx.Module):
 class LowRank(Router):
     """x A B + b: Deja Vu's predictor (arXiv 2310.17157, section 4; two linear maps in its code, without the bias)."""
 
+    thin: nnx.Param
+
     def logits(self, x: Float[Array, "b t d"], out: jax.P, ctx: Ctx) -> Float[Array, "b t n"]:
         """Before the bias."""
         del ctx
@@ -78,6 +82,8 @@ class Noisy(Router):
     The paper has no bias and starts both maps at zero; here they start as LTE's, or at step 0 no expert would be before
     another.
     """
+
+    noise: nnx.Param
 
     def logits(self, x: Float[Array, "b t d"], out: jax.P, ctx: Ctx) -> Float[Array, "b t n"]:
         """Before the bias."""
