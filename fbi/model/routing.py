@@ -3,6 +3,7 @@
 Learn To be Efficient, arXiv 2402.06126, section 4; sparsely-gated mixtures of experts, 1701.06538, section 2.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -60,6 +61,7 @@ ROUTING: dict[str, Routing] = {
 }
 
 
+@functools.cache  # one function for one k: modules that hold it compare as equal
 def choice(top_k: int) -> Callable[[Float[Array, "b t n"]], Float[Array, "b t n"]]:
     """What makes the logits of the experts to use positive: nothing for 0, else a shift of each token.
 
