@@ -6,7 +6,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
-.PHONY: install demo test smoke test-cluster lint types bench methods-table methods-doc notebook repro clean
+.PHONY: install demo test test-slow smoke test-cluster lint types bench methods-table methods-doc notebook repro clean
 
 install: .venv/installed
 
@@ -19,7 +19,11 @@ demo: install
 	$(BIN)/fbi demo
 
 test: install
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not smoke" --durations=25
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not smoke" --durations=25
+
+# Whole runs: real processes and signals, damaged checkpoints, meshes of several devices, real models.
+test-slow: install
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow --durations=25
 
 # Every experiment and every notebook, shrunken to seconds a run.
 smoke: install

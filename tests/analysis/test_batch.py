@@ -66,6 +66,7 @@ def test_without_activation_methods_every_gradient_is_aligned():
         assert ratio.total / ratio.over == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 2)])
 def test_rows_of_all_diagnostics_on_a_mesh(mesh):
     config = dataclasses.replace(SHAPE, layers=2)

@@ -104,6 +104,7 @@ def test_what_fills_the_last_batch_cannot_spoil_the_sum(model, params):
     assert math.isfinite(found.nats)
 
 
+@pytest.mark.slow
 def test_every_mesh_gives_the_same_score(x64):
     model = tiny("fbi", dtype="float64")
     found = []

@@ -188,6 +188,7 @@ def test_a_continuation_as_long_as_the_context_of_the_model_is_scored_and_an_emp
     assert score_tokens(model, params, [], batch=2) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_mesh_gives_the_same_scores(x64, tied, tokenizer):
     model = tiny("bitnet-b158", dtype="float64", tied=tied, init_std=0.3)

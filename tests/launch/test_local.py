@@ -6,6 +6,8 @@ import signal
 import pytest
 from sweeps import PATIENCE, Fbi, directories, done, kill, record, starts, steps, until, workers, write_experiment
 
+pytestmark = pytest.mark.slow
+
 STEPS = 120  # about a second after the compilation: long enough to be caught in the middle
 SWEEP = ("sweep", "experiments/tiny.py", "--launcher", "local:slots=2")
 

@@ -28,6 +28,7 @@ BLOCKED = {  # what works in blocks along the contraction axis of down
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1], ids=["down", "up"])
 def test_every_method_computes_the_same_in_another_order_or_is_known_not_to(axis):
     # As many inputs as outputs: no axis of what is learned can be told by its length.

@@ -28,19 +28,21 @@ def widths():
 
 
 ALL = list(widths())
-GROUP = 10  # methods in a decoder, a layer each: one compilation serves them
+NAMES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+SITES = [f"layers.{layer}.{name}" for layer in range(2) for name in NAMES]
+GROUP = len(SITES)  # methods in a decoder, a site each: one compilation serves them
 
 
-def rule(layer, method):
+def rule(site, method):
     operands = [f"{o}={method}" for o, r in (("w", "weight"), ("a", "activation")) if r in REGISTRY[method.name].roles]
-    return f"layers.{layer}.attn.o: {';'.join(operands)} | layers.{layer}.mlp.up: {';'.join(operands)}"
+    return f"{site}: {';'.join(operands)}"
 
 
 @pytest.mark.parametrize("first", range(0, len(ALL), GROUP))
 def test_each_method_takes_three_steps_and_learns(first):
-    methods = ALL[first : first + GROUP]
-    policy = " | ".join(rule(layer, method) for layer, method in enumerate(methods))
-    model = fbi.model("nano", policy, layers=len(methods), **TINY)
+    methods = dict(zip(SITES, ALL[first : first + GROUP], strict=False))
+    policy = " | ".join(rule(site, method) for site, method in methods.items())
+    model = fbi.model("nano", policy, layers=2, **TINY)
     tx = optax.adam(2e-3)
     text = np.frombuffer((fbi.__doc__ or "").encode() * 9, np.uint8)[: 4 * 17].reshape(4, 17) % 64
     with jax.set_mesh(jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])):
@@ -56,8 +58,10 @@ def test_each_method_takes_three_steps_and_learns(first):
         after = jax.tree.map(np.asarray, state["params"])
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0]
-    for layer, method in enumerate(methods):
-        old, new = (tree[f"layers_{layer}_{layer + 1}"]["mlp"]["up"] for tree in (before, after))
+    for site, method in methods.items():
+        _, layer, part, name = site.split(".")
+        stacks = [tree[f"layers_{layer}_{int(layer) + 1}"] for tree in (before, after)]
+        old, new = (stack[part][name] for stack in stacks)
         for path, leaf in jax.tree_util.tree_flatten_with_path(new)[0]:
             assert np.isfinite(leaf).all(), (str(method), path)
         if "weight" in REGISTRY[method.name].roles:

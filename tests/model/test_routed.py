@@ -95,6 +95,7 @@ def test_hard_routing_gives_routers_no_gradient_and_soft_does(tiny, tokens, draw
         assert np.any(gradient["layers_0_3"]["mlp"]["up"]["w"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ["soft", "hard"])
 def test_loss_and_gradient_are_the_same_on_a_mesh_unrolled_and_recomputed(routing, tiny, tokens, drawn, x64):
     config = tiny(dtype="float64", norm="sub", layers=2)

@@ -123,6 +123,7 @@ def test_gradients_flow_through_features_with_and_without_recomputation(tiny, to
     assert slope == pytest.approx(float(jnp.sum(step * found[0]["layers_2_3"]["mlp"]["down"]["w"])), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_features_are_the_same_on_a_mesh_and_lie_as_the_values_do(tiny, tokens, x64):
     config = dataclasses.replace(tiny(), dtype="float64")
     model = Model(config, Policy.parse(MIXED))

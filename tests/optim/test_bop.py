@@ -137,6 +137,7 @@ def stepped(mesh_text, tmp_path=None, dtype="float32", **optimizer):
         return before, jax.device_get(state["params"])
 
 
+@pytest.mark.slow
 def test_a_step_of_bop_flips_signs_alone_and_is_the_same_on_every_mesh(x64):
     options = {"dtype": "float64", "latent": "bop", "bop_gamma": 1.0, "bop_threshold": 1e-6, "lr": 1e-3}
     before, after = stepped("data=1", **options)
@@ -153,6 +154,7 @@ def test_a_step_of_bop_flips_signs_alone_and_is_the_same_on_every_mesh(x64):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9), after, elsewhere)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"latent": "bop"}, {"latent_clip": 0.01, "freeze": "scales"}], ids=str)
 def test_a_sharded_state_goes_through_a_checkpoint(options, tmp_path):
     before, after = stepped("data=2,model=2", tmp_path, **options)

@@ -11,6 +11,8 @@ from fbi.experiment import chain
 from fbi.train import Execution
 from fbi.train.compose import check
 
+pytestmark = pytest.mark.slow
+
 EXECUTION = Execution(mesh="data=1", log_every=1, eval_every=3)
 
 

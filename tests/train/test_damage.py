@@ -38,6 +38,8 @@ from fbi.train.load import build_model, starting_params
 from fbi.train.run import GuardConfig, from_json, to_json
 from fbi.train.step import make_step
 
+pytestmark = pytest.mark.slow
+
 
 def flip(path: Path, place: int, bit: int = 0) -> None:
     """Flips one bit of a file."""

@@ -12,6 +12,8 @@ from fbi.train import Execution, Run
 from fbi.train.compose import check
 from fbi.train.load import load
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
 SITES = [f"layers.0.{name}" for name in sorted(NAMES)]
 

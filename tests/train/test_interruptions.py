@@ -25,6 +25,8 @@ import fbi
 from fbi.files import read_json
 from fbi.train import compose
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_run_records_every_step_once(reference):
     assert [row["step"] for row in rows(reference, "train")] == [*range(5, STEPS, 5), STEPS]

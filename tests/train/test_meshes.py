@@ -15,6 +15,8 @@ from fbi.policy import Policy
 from fbi.train import mesh as meshes
 from fbi.train.step import abstract_state, init_state, make_step
 
+pytestmark = pytest.mark.slow
+
 MESHES = ["data=1", "data=8", "data=4,model=2", "data=2,model=4"]
 SHAPE = ModelConfig(vocab=64, dim=32, layers=2, heads=4, kv_heads=4, head_dim=8, ff=64, context=32)
 STEPS = 20

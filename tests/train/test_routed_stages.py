@@ -28,6 +28,8 @@ from fbi.train.control import NO_CONTROL, Eta, moved, sparsity_control
 from fbi.train.load import build_model, load, starting_params
 from fbi.train.step import begun, make_step
 
+pytestmark = pytest.mark.slow
+
 EXECUTION = Execution(mesh="data=1", log_every=3, eval_every=6, checkpoint_every=4, keep_every=1)
 LOSS = "ce + 0.5*efficiency + 0.02*separability"
 ROUTED = {"expert": 8}  # of 64 neurons

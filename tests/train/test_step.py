@@ -45,6 +45,7 @@ def one_step(policy, loss="ce", accumulate=1, dtype="float32", mesh_text="data=1
         return jax.device_get(state["params"]), {name: float(value) for name, value in sums.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "mesh_text"), [("fp", "data=1"), ("fbi", "data=2,model=2"), ("bitnet-b158", "data=2,model=2")]
 )
@@ -56,6 +57,7 @@ def test_accumulation_in_parts_equals_the_large_batch(policy, mesh_text, x64):
         assert summed[name] == pytest.approx(value, rel=1e-10), name
 
 
+@pytest.mark.slow
 def test_losses_over_features_are_the_same_on_a_mesh_and_in_parts(x64):
     loss = "kl + cakld:beta=0.5 + 10*hidden + dmd"
     params, sums = one_step("fbi", loss, 1, "float64")
