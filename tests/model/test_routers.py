@@ -122,6 +122,7 @@ def test_a_prediction_is_the_cross_entropy_with_the_experts_that_matter_by_hand(
     assert float(total) == pytest.approx(np.mean(each), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["low-rank", "noisy", "oracle"])
 def test_a_mesh_changes_nothing(kind, tiny, tokens, drawn, x64):
     batch, found = np.tile(np.asarray(tokens), (2, 1)), []

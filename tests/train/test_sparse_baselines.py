@@ -43,6 +43,7 @@ def matrices(directory):
     return {name: leaf for name, leaf in params(directory).items() if "['mlp']" in name and name.endswith("['w']")}
 
 
+@pytest.mark.slow
 def test_pruned_experts_stay_away_while_the_rest_trains(trained):
     first, last = rows(trained / "pruned", "eval")
     assert (first["step"], last["step"]) == (0, 6)
@@ -54,6 +55,7 @@ def test_pruned_experts_stay_away_while_the_rest_trains(trained):
         assert (leaf == 0).mean() == pytest.approx(0.5), name
 
 
+@pytest.mark.slow
 def test_a_predictor_learns_beside_a_model_that_stays(trained):
     before, after = params(trained / "dense"), params(trained / "predictor")
     routers = set(after) - set(before)
@@ -122,6 +124,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(fields, says, home):
         check(tiny(home.corpus, policy="fp", **fields), Execution(mesh="data=1"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "model", "says"),
     [
