@@ -22,13 +22,12 @@ from fbi.serve.packed import Packed
 class SparseMLP(nnx.Module):
     """sum_i 1[G_i(x) > 1/2] E_i(x), as `RoutedMLP` with routing=hard computes it; LTE, arXiv 2402.06126, eq. 7.
 
-    `gate`, `up` and `down` are those of `fbi.serve.packed.Packed`, in the compute type, whole on every device. Up to
-    `most` rows on a device go through `method`, more (a prompt) through `gather`, which multiplies all of them at once.
+    `gate`, `up` and `down` are those of `fbi.serve.packed.Packed`, in the compute type, whole on every device.
     """
 
-    def __init__(self, config: ModelConfig, router: Router, axes: Axes, method: str, most: int):
+    def __init__(self, config: ModelConfig, router: Router, axes: Axes, method: str):
         n, e, d = config.experts, config.expert, config.dim
-        self.activation, self.axes, self.method, self.most = config.activation, axes, method, most
+        self.activation, self.axes, self.method = config.activation, axes, method
         block = (n, d, e) if METHODS[method].layout == "columns" else (n, e, d)
         shapes = {**({"gate": block} if config.gated else {}), "up": block, "down": (n, e, d)}
         for name, shape in shapes.items():
@@ -44,8 +43,7 @@ class SparseMLP(nnx.Module):
 
         def local(x: Array, active: Array, packed: Packed) -> Array:
             rows, chosen = (a.reshape(-1, a.shape[-1]) for a in (x, active))
-            method = self.method if len(rows) <= self.most else "gather"
-            return packed_ffn(rows, packed, chosen, self.activation, method).reshape(x.shape)
+            return packed_ffn(rows, packed, chosen, self.activation, self.method).reshape(x.shape)
 
         # Of one device each: a custom call has no rule for arrays that are split.
         call: Any = jax.shard_map(local, out_specs=spec, check_vma=False)
@@ -56,7 +54,6 @@ class Sparse(NamedTuple):
     """Makes `SparseMLP` where a model asks for an MLP; compares by value, as compiled functions need it."""
 
     method: str
-    most: int
 
     def __call__(
         self,
@@ -71,4 +68,4 @@ class Sparse(NamedTuple):
         """The MLP of one block, as `fbi.model.mlp.mlp` makes a dense one."""
         del linear, sub_norm  # `fbi.serve.decode.sparse` refuses models that have more than plain products here
         router = Router(config.dim, config.experts, norm=router_norm, axes=axes, dtype=dtype, rngs=rngs)
-        return SparseMLP(config, router, axes, self.method, self.most)
+        return SparseMLP(config, router, axes, self.method)
