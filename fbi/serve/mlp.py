@@ -29,9 +29,12 @@ class SparseMLP(nnx.Module):
         n, e, d = config.experts, config.expert, config.dim
         self.activation, self.axes, self.method = config.activation, axes, method
         block = (n, d, e) if METHODS[method].layout == "columns" else (n, e, d)
-        shapes = {**({"gate": block} if config.gated else {}), "up": block, "down": (n, e, d)}
-        for name, shape in shapes.items():
-            setattr(self, name, nnx.Param(jnp.zeros(shape, config.dtype, out_sharding=jax.P(None, None, None))))
+
+        def zeros(shape: tuple[int, int, int]) -> Any:
+            return nnx.Param(jnp.zeros(shape, config.dtype, out_sharding=jax.P(None, None, None)))
+
+        self.gate: Any = zeros(block) if config.gated else None
+        self.up, self.down = zeros(block), zeros((n, e, d))
         self.router = router
 
     def __call__(self, x: Float[Array, "b t d"], ctx: Ctx) -> Float[Array, "b t d"]:
@@ -39,7 +42,7 @@ class SparseMLP(nnx.Module):
         del ctx  # nothing here is quantized while it runs
         spec = jax.typeof(x).sharding.spec
         active = taps.tap(taps.ROUTER, self.router(x, jax.P(*spec))) > THRESHOLD
-        gate = self.gate[...] if hasattr(self, "gate") else None
+        gate = None if self.gate is None else self.gate[...]
 
         def local(x: Array, active: Array, packed: Packed) -> Array:
             rows, chosen = (a.reshape(-1, a.shape[-1]) for a in (x, active))
