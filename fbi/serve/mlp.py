@@ -41,7 +41,8 @@ class SparseMLP(nnx.Module):
         """The layer's output for x; which experts are read follows from x."""
         del ctx  # nothing here is quantized while it runs
         spec = jax.typeof(x).sharding.spec
-        active = taps.tap(taps.ROUTER, self.router(x, jax.P(*spec))) > THRESHOLD
+        scores = taps.tap(taps.ROUTER, self.router(x, self.axes.hidden(self.axes.ff)))
+        active = jax.sharding.reshard(scores > THRESHOLD, spec)  # every device has all experts
         gate = None if self.gate is None else self.gate[...]
 
         def local(x: Array, active: Array, packed: Packed) -> Array:
