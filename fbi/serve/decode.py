@@ -70,7 +70,8 @@ def sparse(model: Model, params: Params, method: str = "auto") -> tuple[Model, P
 def decode_step(model: Model) -> Step:
     """Compiled: (params, tokens [b, 1], caches, position) -> logits [b, v] and the caches with these positions written.
 
-    The caches that go in are given up (donated), their memory is used again. One program for each number of rows and length of the caches.
+    The caches that go in are given up (donated), their memory is used again. One program for each number of rows and
+    length of the caches.
     """
 
     @functools.partial(jax.jit, donate_argnums=2)
