@@ -82,8 +82,9 @@ def measure(name: str, sparsity: float, method: str, rounds: int) -> None:
     params = routed.init(0)
     served, packed = sparse(routed, params, method)
     whole, mlps = size(packed, config)
-    alone = {part: {**v, "mlp": {k: w for k, w in v["mlp"].items() if k != "router"}} if "mlp" in v else v
-             for part, v in params.items()}  # fmt: skip
+    alone = jax.tree.map(lambda leaf: leaf, params)  # dictionaries of its own, the same arrays
+    for part in [alone[key] for key in alone if key.startswith("layers_")]:
+        del part["mlp"]["router"]
     dense, apart = unstacked(Model(plain), alone)
     del params, alone  # stacks; what follows has copies
     variants = {"dense, XLA": Decoding(dense, apart)}

@@ -23,7 +23,6 @@ from fbi.serve.ffn import METHODS, chosen
 from fbi.serve.mlp import Sparse
 from fbi.serve.packed import pack
 
-MOST = 64  # rows on a device up to which experts are skipped; a prompt of more uses nearly all of them anyway
 Step = Callable[[Params, Array, dict[str, Cache], Any], tuple[Array, dict[str, Cache]]]
 
 
@@ -36,13 +35,12 @@ def unstacked(model: Model, params: Params) -> tuple[Model, Params]:
     return _remade(model, Blocks(model.blocks.mlp, stacked=False)), _apart(params)
 
 
-def sparse(model: Model, params: Params, method: str = "auto", most: int = MOST) -> tuple[Model, Params]:
+def sparse(model: Model, params: Params, method: str = "auto") -> tuple[Model, Params]:
     """A routed model (routing=hard) whose MLPs read the weights of active experts only, and its parameters.
 
     The output is that of `model` up to the order of sums. Weights of MLPs are quantized once, here, and packed in the
-    compute type; `method` is one of `fbi.serve.ffn.METHODS` or `auto`; steps of more than `most` rows multiply all
-    experts at once. `InputError` for a model without hard routing, and for what comes between the products of an MLP:
-    quantized activations, scales beside a product, a norm inside.
+    compute type; `method` is one of `fbi.serve.ffn.METHODS` or `auto`. `InputError` for a model without hard routing,
+    and for what comes between the products of an MLP: quantized activations, scales beside a product, a norm inside.
     """
     _check(model)
     method = chosen(method)
@@ -66,13 +64,14 @@ def sparse(model: Model, params: Params, method: str = "auto", most: int = MOST)
     for name, block in out.items():
         if name.startswith("layers_"):
             out[name] = {**block, "mlp": packed(int(name.split("_")[1]), block["mlp"])}
-    return _remade(model, Blocks(Sparse(method, most), stacked=False)), out
+    return _remade(model, Blocks(Sparse(method), stacked=False)), out
 
 
 def decode_step(model: Model) -> Step:
-    """Compiled: (params, tokens [b, 1], caches, position) -> logits [b, v] and the caches, written in place.
+    """Compiled: (params, tokens [b, 1], caches, position) -> logits [b, v] and the caches with these positions written.
 
-    The caches that go in are given up (donated). One program for each number of rows and length of the caches.
+    The caches that go in are given up (donated), their memory is used again. One program for each number of rows and
+    length of the caches.
     """
 
     @functools.partial(jax.jit, donate_argnums=2)

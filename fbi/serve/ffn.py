@@ -17,17 +17,18 @@ from fbi.serve.packed import ACTIVATIONS, Layout, Packed, pack
 
 
 class Formulation(NamedTuple):
-    """A way to compute the layer, and the layout of `Packed` that it reads."""
+    """A way to compute the layer, the layout of `Packed` that it reads, and how many rows it takes at once (0: any)."""
 
     apply: Callable[..., Array]
     layout: Layout = "columns"
+    most: int = 0
 
 
 METHODS: dict[str, Formulation] = {
     "gather": Formulation(compiled.gathered),
     "loop": Formulation(compiled.looped),
     "native": Formulation(native.called),
-    "pallas": Formulation(pallas_tpu.tiled, "rows"),
+    "pallas": Formulation(pallas_tpu.tiled, "rows", 128),  # rows and their sums lie in VMEM
 }
 
 
@@ -79,8 +80,17 @@ def packed_ffn(
             f"x {list(x.shape)} and active {list(active.shape)} do not fit {experts} experts of {e} neurons and width "
             f"{d}; x is [t, {d}], active [t, {experts}]"
         )
-    y = formulation.apply(x, packed, active, activation, jnp.asarray(first, jnp.int32), cap)
-    return y.astype(x.dtype)
+    start = jnp.asarray(first, jnp.int32)
+
+    def apply(x: Array, active: Array) -> Array:
+        return formulation.apply(x, packed, active, activation, start, cap).astype(x.dtype)
+
+    t, most = x.shape[0], formulation.most
+    if not most or t <= most:
+        return apply(x, active)
+    # A prompt: blocks of rows in turn, the last filled up with rows that use no expert.
+    blocks = [jnp.pad(a, ((0, -t % most), (0, 0))).reshape(-1, most, a.shape[1]) for a in (x, active)]
+    return jax.lax.map(lambda block: apply(*block), tuple(blocks)).reshape(-1, d)[:t]
 
 
 def sparse_ffn(

@@ -1,5 +1,6 @@
 """The Pallas kernel: right in interpret mode, and machine code for a TPU where its compiler is installed."""
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fbi.serve.ffn import METHODS, packed_ffn
 from fbi.serve.packed import masked_ffn, pack, stack
 from fbi.serve.pallas_tpu import tiled
 
@@ -40,6 +42,16 @@ def test_the_kernel_is_the_masked_sum(t, experts, gated, cap):
     y = tiled(x, packed, active, "silu", jnp.int32(3), cap, interpret=True)
     want = masked_ffn(x, *weights, active)
     np.testing.assert_allclose(y, want, rtol=0, atol=1e-5 * float(jnp.abs(want).max()) + 1e-30)
+
+
+def test_more_rows_than_a_tile_go_in_blocks(monkeypatch):
+    few = METHODS["pallas"]._replace(apply=functools.partial(tiled, interpret=True), most=4)
+    monkeypatch.setitem(METHODS, "pallas", few)
+    x, *weights = layer(5, 9)
+    active = jnp.asarray(np.random.default_rng(5).random((9, 3)) < 0.5)
+    y = packed_ffn(x, pack(*weights, EXPERT, "rows"), active, method="pallas")
+    want = masked_ffn(x, *weights, active)
+    np.testing.assert_allclose(y, want, rtol=0, atol=1e-5 * float(jnp.abs(want).max()))
 
 
 PROGRAM = """
