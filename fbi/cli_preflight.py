@@ -2,47 +2,16 @@
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from fbi.errors import InputError
+from fbi.errors import InputError, unknown
 
 Place = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Set = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="set", metavar="FIELD=VALUE")]
 Json = Annotated[str, tyro.conf.arg(name="json", metavar="FILE")]
-
-
-def run_of(place: Path, only: str, scale: str, assignments: Sequence[str]):
-    """The one run that a run directory, a config file, or a row of an experiment gives, with fields replaced."""
-    import fnmatch
-
-    from fbi.experiment import overlay
-    from fbi.files import read_json
-    from fbi.train.rundir import located, parse_config, read_run
-
-    if place.suffix == ".json":
-        return overlay(parse_config(read_json(place), str(place)), assignments)
-    if place.suffix != ".py":
-        return overlay(located(read_run(place), place), assignments)
-    from fbi.errors import unknown
-    from fbi.launch.plan import SCALES, load_experiment
-
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
-    module = load_experiment(place)
-    if scale == "paper" and not hasattr(module, "paper"):
-        raise InputError(f"{place} has no runs at paper scale: it has no function paper(); use --scale mini")
-    runs = {run.name: run for run in (module.paper() if scale == "paper" else module.runs())}
-    found = [run for name, run in runs.items() if fnmatch.fnmatchcase(name, only)]
-    if len(found) != 1:
-        raise InputError(
-            f"--only {only!r} names {len(found)} runs of {place}; name one of {', '.join(list(runs)[:12])}"
-            + (f" and {len(runs) - 12} more" if len(runs) > 12 else "")
-        )
-    return overlay(found[0], assignments)
 
 
 def preflight(
@@ -77,8 +46,8 @@ def preflight(
         assignments: Replaces a field of the run, such as data.batch=256.
         file: Where the result goes as JSON instead of tables; - is standard output.
     """
-    from fbi.errors import unknown
     from fbi.files import write_text
+    from fbi.preflight.source import run_of
     from fbi.preflight.targets import COMPILERS, compiler_for, parse
 
     if compiler not in COMPILERS:

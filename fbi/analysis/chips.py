@@ -1,7 +1,8 @@
 """What accelerators are, as data: peak rate, memory, bandwidths, how they are wired. Imports no jax.
 
 Sources: Google Cloud TPU documentation, pages v4, v5e, v5p, v6e (rates, memory, chips per host, slice shapes); Austin
-et al., How to Scale Your Model (2025), table of TPU specs (bandwidth of links); NVIDIA H100 data sheet, SXM (rate without sparsity, memory, NVLink 900 GB/s in both directions) and DGX H100 (a 400 Gb/s network port per GPU).
+et al., How to Scale Your Model (2025), table of TPU specs (bandwidth of links); NVIDIA H100 data sheet, SXM (rate
+without sparsity, memory, NVLink 900 GB/s in both directions) and DGX H100 (a 400 Gb/s network port for each GPU).
 The share of memory that a program may use: 15.75 of 16 GiB is what the TPU compiler allows on v5e (its own message);
 JAX takes 0.75 of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 """
