@@ -11,7 +11,7 @@ import dataclasses
 import math
 from typing import Literal
 
-GIB = 2**30
+GIB = 2.0**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +48,11 @@ _CUBIC = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: 
           1024: "8x8x8", 2048: "8x8x16"}  # fmt: skip
 
 CHIPS: dict[str, Chip] = {
-    "v4": Chip("tpu", 275e12, 32 * GIB, 0.984, 1.23e12, 9e10, 0, 4, _CUBIC, 4),
-    "v5e": Chip("tpu", 197e12, 16 * GIB, 0.984, 8.1e11, 9e10, 0, 4, _FLAT, 16),
-    "v5p": Chip("tpu", 459e12, 95 * GIB, 0.984, 2.77e12, 1.8e11, 0, 4, _CUBIC, 4),
-    "v6e": Chip("tpu", 918e12, 32 * GIB, 0.984, 1.64e12, 1.8e11, 0, 4, _FLAT, 16),
+    "v4": Chip("tpu", 275e12, 32 * GIB, 0.984, 1.23e12, 9e10, 0.0, 4, _CUBIC, 4),
+    "v5e": Chip("tpu", 197e12, 16 * GIB, 0.984, 8.1e11, 9e10, 0.0, 4, _FLAT, 16),
+    "v5p": Chip("tpu", 459e12, 95 * GIB, 0.984, 2.77e12, 1.8e11, 0.0, 4, _CUBIC, 4),
+    "v6e": Chip("tpu", 918e12, 32 * GIB, 0.984, 1.64e12, 1.8e11, 0.0, 4, _FLAT, 16),
     "h100": Chip("cuda", 989e12, 80e9, 0.75, 3.35e12, 4.5e11, 5e10, 8, {}),
     # No measurement: a host whose emulated devices share its memory.
-    "cpu": Chip("cpu", 5e11, math.inf, 1.0, 4e10, 4e10, 0, 1 << 30, {}),
+    "cpu": Chip("cpu", 5e11, math.inf, 1.0, 4e10, 4e10, 0.0, 1 << 30, {}),
 }

@@ -7,6 +7,7 @@ goes on where it was. An entry is compiled by a process of its own, as the comma
 import argparse
 import dataclasses
 import importlib.metadata
+import json
 import subprocess
 import sys
 import time
@@ -97,17 +98,14 @@ def compiled(arguments: Sequence[str]) -> dict[str, Any]:
     if ended.returncode == EXIT_INPUT:
         return told | {"refused": ended.stderr.strip().splitlines()[-1].removeprefix("fbi: error: ")}
     if ended.returncode:
-        raise InputError(
-            f"fbi preflight {' '.join(arguments)} ended with code {ended.returncode}: {ended.stderr[-500:]}"
-        )
-    import json
-
+        last = ended.stderr[-500:]
+        raise InputError(f"fbi preflight {' '.join(arguments)} ended with code {ended.returncode}: {last}")
     return told | {"found": json.loads(ended.stdout)}
 
 
 COLUMNS = (
-    Column("run"), Column("target"), Column("chips", "d"), Column("compiler"), Column("mesh"), Column("accumulate", "d"),
-    Column("remat"), Column("peak GiB", ".2f"), Column("of", ".1f"), Column("estimated", ".2f"),
+    Column("run"), Column("target"), Column("chips", "d"), Column("compiler"), Column("mesh"),
+    Column("accumulate", "d"), Column("remat"), Column("peak GiB", ".2f"), Column("of", ".1f"), Column("estimated", ".2f"),
     Column("GiB sent", ",.1f"), Column("estimated", ",.1f"), Column("roofline s", ".3g"), Column("bound by"),
     Column("MFU at most", ".0%"), Column("tokens/s", ",.0f"), Column("chip-hours", ",.3g"), Column("compile s", ".0f"),
 )  # fmt: skip
@@ -128,10 +126,10 @@ def page(folder: Path, entries: Sequence[Entry] = ENTRIES) -> str:
             else:
                 missing.append(f"{entry.name} on {target}")
     notes = [
-        "Peak: arguments, temporaries and code of one device, by the named compiler, against what a program may use; sent:"
-        " by one device in a step, read from the compiled program. The estimates beside them are the analytic model's, by"
-        " which mesh, parts and remat were chosen. The roofline is the slowest of arithmetic, memory and links, the others"
-        " hidden behind it: a bound, not a forecast. Checkpointing, evaluation and input are left out."
+        "Peak: arguments, temporaries and code of one device, by the named compiler, against what a program may use. "
+        "Sent: by one device in a step, read from the compiled program. The estimates beside them are those of the "
+        "analytic model by which mesh, parts and remat were chosen. The roofline is the slowest of arithmetic, memory "
+        "and links, the others hidden behind it: a bound, not a forecast. Checkpoints, evaluation, input are left out."
     ]
     parts = [
         "# Preflight of the paper-scale runs",

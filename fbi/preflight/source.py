@@ -13,7 +13,7 @@ from fbi.train.rundir import located, parse_config, read_run
 
 
 def run_of(place: Path, only: str = "*", scale: str = "paper", assignments: Sequence[str] = ()) -> Run:
-    """The run of a directory, of a .json config, or the one of an experiment (.py) at `scale` whose name `only` matches.
+    """The run of a directory, of a .json config, or the one run of an experiment (.py) at `scale` that `only` names.
 
     `assignments` replace fields (`data.batch=8`). `InputError` where there is none, or `only` does not name one alone.
     """

@@ -81,8 +81,8 @@ def test_what_is_gathered_alike_at_every_turn_could_be_hoisted():
     assert [c.name for c in hlo.collectives(NESTED, 8) if c.hoistable] == ["layer/same"]
 
 
-# The TPU compiler writes an asynchronous all-gather as a chain of fusions, and a reduce-scatter as an all-reduce and the
-# slice of its result in one; layouts have brackets; groups are named by axes.
+# The TPU compiler writes an asynchronous all-gather as a chain of fusions, and a reduce-scatter as an all-reduce and
+# the slice of its result in one; layouts have brackets; groups are named by axes.
 TPU = """
 %async_collective_fusion (p: bf16[96,768]) -> bf16[768,768] {
   %p = bf16[96,768]{1,0:T(8,128)(2,1)} parameter(0)
