@@ -227,8 +227,8 @@ def ranked(
 
     def order(found: Estimate) -> tuple[float, ...]:
         if found.memory > limit:
-            return (1, found.memory, 0, 0)
-        return (0, round(20 * _log(found.step_s)), found.layout.accumulate, found.memory)
+            return (1.0, found.memory, 0.0, 0.0)
+        return (0.0, float(round(20 * _log(found.step_s))), float(found.layout.accumulate), found.memory)
 
     chosen = layouts(run, target, teacher) if given is None else given
     return sorted((estimate(run, layout, target, teacher) for layout in chosen), key=order)

@@ -78,7 +78,7 @@ def preflight(
     except TooLarge as error:
         raise _unfit(run, target, best, error.needed, "compiled") from error
     if compiled.peak > limit:
-        raise _unfit(run, target, best, compiled.peak, "compiled")
+        raise _unfit(run, target, best, float(compiled.peak), "compiled")
     return found(run, target, best, compiled, used, unroll)
 
 

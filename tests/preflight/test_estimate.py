@@ -92,11 +92,11 @@ def test_what_is_given_stays():
     run, target = run_of(), parse("v5e-64")
     assert wanted(run, target, "data=32,model=2", 60, "products")[0][0].layout == Layout(32, 2, 60, "products")
     assert {e.layout.accumulate for e in wanted(run, target, accumulate=30)[0]} == {30}
-    with pytest.raises(InputError, match="data=60 does not divide model.dim=4096"):
+    with pytest.raises(InputError, match=r"data=60 does not divide model.dim=4096"):
         wanted(run, target, "data=60")
     with pytest.raises(InputError, match="'data=128' needs 128 devices, 64 are here"):
         wanted(run, target, "data=128")
-    with pytest.raises(InputError, match="accumulate=7 does not divide data.batch=1920"):
+    with pytest.raises(InputError, match=r"accumulate=7 does not divide data.batch=1920"):
         wanted(run, target, "data=64", 7)
     with pytest.raises(InputError, match="accumulate=7: no mesh of v5e-64 divides"):
         wanted(run, target, accumulate=7)

@@ -76,6 +76,6 @@ def test_a_compiler_that_is_demanded(name, platform, extra):
 def test_a_compiler_that_does_not_fit():
     with pytest.raises(InputError, match="compiler tpu does not compile for h100x8; use cuda, cpu or auto"):
         compiler_for(parse("h100x8"), "tpu")
-    with pytest.raises(InputError, match="unknown compiler 'gcc'.*auto, cpu, cuda, tpu"):
+    with pytest.raises(InputError, match=r"unknown compiler 'gcc'.*auto, cpu, cuda, tpu"):
         compiler_for(parse("h100x8"), "gcc")
     assert set(COMPILERS) == {"auto", "tpu", "cuda", "cpu"}
