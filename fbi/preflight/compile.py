@@ -187,6 +187,6 @@ def _hoistable(found: tuple[hlo.Collective, ...]) -> Iterator[str]:
     for c in found:
         if c.hoistable and c.times * c.bytes >= LARGE:
             yield (
-                f"{c.kind} {c.name} of {c.bytes / 2**20:.1f} MiB runs {c.times} times in a loop, each time of the same "
-                "value; do it once before the loop"
+                f"{c.kind} {c.source or c.name} of {c.bytes / 2**20:.1f} MiB runs {c.times} times in a loop, "
+                "each time of the same value; do it once before the loop"
             )

@@ -51,6 +51,8 @@ class Collective:
     """Loops around it."""
     hoistable: bool
     """Within a loop, and the same at every turn."""
+    source: str = ""
+    """The operation that it was made of, as JAX names it."""
 
     @property
     def sent(self) -> float:
@@ -194,8 +196,9 @@ def _collective(
         kind = "reduce-scatter"  # the TPU compiler's fusion of an all-reduce with the slice of its result
     if kind == "all-gather":
         size *= len(group)
+    source = (re.findall(r'op_name="([^"]*)"', instruction.rest) or [""])[0]
     hoistable = loops > 0 and bool(instruction.operands) and set(instruction.operands) <= constant
-    return Collective(kind, f"{where}/{instruction.name}", times, size, group, loops, hoistable)
+    return Collective(kind, f"{where}/{instruction.name}", times, size, group, loops, hoistable, source)
 
 
 def _invariant(body: list[Instruction]) -> set[str]:

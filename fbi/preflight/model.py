@@ -160,10 +160,11 @@ def estimate(run: Run, layout: Layout, target: Target, teacher: ModelConfig | No
     streams = passes * c.layers * (size * (8 * c.dim + 2 * heads + 2 * gates) + 2 * scores) + 2 * logits
     moved = parts * (tokens * streams + 6 * size * (counts.linear + table) / m + 2 * size * taught / m) + 9 * parameters
 
-    # FSDP gathers each weight for the forward and the backward pass, and adds up its gradient over the data axis.
+    # FSDP gathers each weight for the forward and the backward pass and scatters the sum of its gradients: compilers for
+    # TPU and GPU make a reduce-scatter of the sum of which each device keeps its share (the CPU's does not).
     share, across = (d - 1) / d, (m - 1) / m
     gathers = (1 if layout.remat == "none" else 2) * counts.linear + table
-    sent_data = parts * share * size * (gathers + 2 * (counts.linear + table) + taught) / m
+    sent_data = parts * share * size * (gathers + counts.linear + table + taught) / m
     turns = c.layers * (4 + (0 if layout.remat == "none" else 2)) + (2 * teacher.layers if teacher else 0)
     sent_model = parts * 2 * across * turns * tokens * size * c.dim
     chip = target.chip
