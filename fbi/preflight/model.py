@@ -160,8 +160,8 @@ def estimate(run: Run, layout: Layout, target: Target, teacher: ModelConfig | No
     streams = passes * c.layers * (size * (8 * c.dim + 2 * heads + 2 * gates) + 2 * scores) + 2 * logits
     moved = parts * (tokens * streams + 6 * size * (counts.linear + table) / m + 2 * size * taught / m) + 9 * parameters
 
-    # FSDP gathers each weight for the forward and the backward pass and scatters the sum of its gradients: compilers for
-    # TPU and GPU make a reduce-scatter of the sum of which each device keeps its share (the CPU's does not).
+    # FSDP gathers each weight for the forward and the backward pass, and scatters the sum of its gradients: compilers
+    # for TPU and GPU make a reduce-scatter of the sum of which each device keeps its share (the CPU's does not).
     share, across = (d - 1) / d, (m - 1) / m
     gathers = (1 if layout.remat == "none" else 2) * counts.linear + table
     sent_data = parts * share * size * (gathers + counts.linear + table + taught) / m
