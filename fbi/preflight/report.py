@@ -7,7 +7,7 @@ from fbi.errors import InputError
 from fbi.preflight.compile import Compiled, TooLarge, compile_step, teacher_of
 from fbi.preflight.hlo import axis_of
 from fbi.preflight.model import Estimate, Layout, Remat, divides, layouts, ranked, seconds_of_links
-from fbi.preflight.targets import Target, compiler_for, devices, larger
+from fbi.preflight.targets import Target, compiler_for, larger
 from fbi.report.table import Column, Table
 from fbi.train import mesh as meshes
 from fbi.train.run import Run
@@ -68,7 +68,6 @@ def preflight(
     says by how much and what would.
     """
     used = compiler_for(target, compiler)
-    devices(target, used)  # before anything makes JAX start
     best = wanted(run, target, mesh, accumulate, remat)[0][0]
     limit = target.chip.limit
     if best.memory > HOPELESS * limit:
