@@ -61,7 +61,7 @@ def preflight(
     unroll: int = 1,
     compiler: str = "auto",
 ) -> dict[str, Any]:
-    """Compiles the step of `run` for `target` in the best layout that leaves what is given as it is; see `Finding`.
+    """Compiles the step of `run` for `target` in the best layout that leaves what is given as it is; see `found`.
 
     Bytes are of one device, seconds of a step at the roofline (arithmetic, memory, links, the slowest of them).
     `InputError` for input that cannot be, for a compiler that is not installed, and for a run that does not fit, which
@@ -86,8 +86,8 @@ def found(run: Run, target: Target, best: Estimate, compiled: Compiled, compiler
     layout, chip = best.layout, target.chip
     chips = layout.data * layout.model
     collectives = _collectives(target, layout, compiled)
-    sent = {axis: sum(c["sent"] for c in collectives if c["axis"] == axis) for axis in ("model",)}
-    sent["data"] = sum(c["sent"] for c in collectives) - sent["model"]
+    sent = {"model": sum((c["sent"] for c in collectives if c["axis"] == "model"), 0.0)}
+    sent["data"] = sum((c["sent"] for c in collectives), 0.0) - sent["model"]
     times = {
         "arithmetic": best.compute_s,
         "memory": best.memory_s,
