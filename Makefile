@@ -6,7 +6,8 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
-.PHONY: install demo test test-slow smoke test-cluster lint types bench methods-table methods-doc notebook repro clean
+.PHONY: install demo test test-slow smoke test-cluster lint types bench methods-table methods-doc notebook preflight \
+	repro clean
 
 install: .venv/installed
 
@@ -61,6 +62,14 @@ methods-doc: install
 notebook: install
 	$(BIN)/jupytext --to ipynb --set-kernel python3 --execute --output .cache/01_quantizers.ipynb notebooks/01_quantizers.py
 	$(BIN)/jupyter nbconvert --to html --output-dir docs --output 01_quantizers .cache/01_quantizers.ipynb
+
+# The paper-scale runs, compiled by the TPU's and the GPU's own compilers, which need neither; they are kept apart from
+# .venv, where JAX would look for the devices. Entries that are there are kept: it goes on where it was.
+COMPILERS := .cache/compilers
+preflight: install
+	test -d $(COMPILERS)/libtpu || $(BIN)/pip install -qq --disable-pip-version-check --no-deps --target $(COMPILERS) \
+		libtpu==0.0.52 jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2
+	PYTHONPATH=$(COMPILERS) $(BIN)/python -m fbi.preflight.book
 
 clean:
 	rm -rf .venv .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from fbi import cli_report, cli_sweep, cli_tasks, console
+from fbi import cli_preflight, cli_report, cli_sweep, cli_tasks, console
 from fbi.errors import InputError
 from fbi.train.run import Execution
 
@@ -284,6 +284,7 @@ COMMANDS = {
     "sweep": cli_sweep.sweep, "status": cli_sweep.status, "stop": cli_sweep.stop, "retry": cli_sweep.retry,
     "table": cli_report.table, "plot": cli_report.plot, "report": cli_report.report,
     "methods": methods, "policy": policy, "cost": cost, "models": models, "show": cli_report.show,
+    "preflight": cli_preflight.preflight,
 }  # fmt: skip
 
 

@@ -23,7 +23,8 @@ ROWS = [
     {"evaluate", "analysis"},
     {"train"},
     {"experiment", "report", "demo", "launch"},
-    {"cli", "cli_report", "cli_sweep", "cli_tasks", "console", "__main__"},
+    {"preflight"},
+    {"cli", "cli_preflight", "cli_report", "cli_sweep", "cli_tasks", "console", "__main__"},
 ]
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
 BASE = ROWS[0]
@@ -120,6 +121,9 @@ def f():
         ("report/table.py", "train", False),
         ("report/table.py", "experiment", False),
         ("demo.py", "report", True),
+        ("preflight/compile.py", "train", True),
+        ("train/compose.py", "preflight", False),
+        ("launch/outlay.py", "preflight", False),
         ("loss/logits.py", "model", True),
         ("serve/ffn.py", "model", True),
         ("model/mlp.py", "serve", False),

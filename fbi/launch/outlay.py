@@ -5,6 +5,7 @@ import math
 import sys
 from pathlib import Path
 
+from fbi.analysis.chips import CHIPS
 from fbi.analysis.cost import cost
 from fbi.errors import InputError, unknown
 from fbi.launch.plan import REFERENCE, load_experiment, plan
@@ -15,10 +16,6 @@ from fbi.train.mesh import parse
 from fbi.train.run import Run
 
 PASSES = 3  # forward, and two products of the same size for each in the backward pass
-
-
-# dense bfloat16 operations per second: Google Cloud TPU documentation (v5e, v5p, v6e), NVIDIA H100 SXM data sheet
-CHIPS = {"v5e": 197e12, "v5p": 459e12, "v6e": 918e12, "h100": 989e12}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +67,7 @@ def outlay(run: Run, mesh: dict[str, int], chip: str, utilisation: float, teache
         flops=flops,
         state=state / devices,
         activations=(memory.activations + memory.logits) * run.data.batch / rows / mesh.get("model", 1),
-        hours=flops / (CHIPS[chip] * utilisation * devices) / 3600,
+        hours=flops / (CHIPS[chip].flops * utilisation * devices) / 3600,
     )
 
 

@@ -22,6 +22,7 @@ from fbi.quant import Ctx
 
 BLOCK_SITES = ("attn.q", "attn.k", "attn.v", "attn.kv", "attn.probs", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
 OPERAND_SITES = ("attn.kv", "attn.probs")  # of no weight
+KEPT = {"nothing": None, "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}  # of a layer, by remat
 
 
 class Blocks(NamedTuple):
@@ -152,11 +153,14 @@ class Decoder(nnx.Module):
         where: Where,
         caches: dict[str, Cache] | None = None,
         ctx: Ctx = Ctx(),
-        remat: bool = False,
+        remat: str = "",
         unroll: int = 1,
         wanted: taps.Wanted = taps.NOTHING,
     ) -> tuple[Float[Array, "b t v"], dict[str, Cache] | None, dict[str, Any]]:
-        """Logits in float32 at least, the caches with these positions written where caches are given, and features."""
+        """Logits in float32 at least, the caches with these positions written where caches are given, and features.
+
+        `remat` names what of a layer is kept beside its input and not computed again (of `KEPT`); empty: everything.
+        """
         table = self._table(ctx)
         whole = jax.sharding.reshard(table, jax.P(None, None))
         x = whole.at[tokens].get(out_sharding=self.axes.stream)
@@ -174,7 +178,7 @@ class Decoder(nnx.Module):
                     x, cache = block(x, where, cache, own)
                 return x, (cache, found)
 
-            step: Callable = jax.checkpoint(body) if remat else body
+            step: Callable = jax.checkpoint(body, policy=KEPT[remat]) if remat else body
             layers = (getattr(self, name), None if caches is None else caches[name], jnp.arange(start, stop))
             x, (cache, found) = jax.lax.scan(step, x, layers, unroll=min(unroll, stop - start))
             if cache is not None:

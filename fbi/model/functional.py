@@ -66,12 +66,13 @@ class Model:
         *,
         axes: Axes = Axes(),
         remat: bool = False,
+        remat_keeps: str = "nothing",
         unroll: int = 1,
         blocks: Blocks = STACKED,
     ):
         shapes.check(config)
         self.config, self.policy, self.axes, self.remat, self.unroll = config, policy, axes, remat, unroll
-        self.blocks = blocks
+        self.blocks, self.remat_keeps = blocks, remat_keeps
         self.bound = policy.bind(self.sites, config.layers)
         check_leaks(config, self.bound)
 
@@ -100,7 +101,7 @@ class Model:
     def abstract(self) -> Params:
         """Shapes, types and shardings of the parameters on the mesh in use."""
         with _some_mesh():
-            return jax.eval_shape(self.fresh, jax.random.key(0))
+            return jax.eval_shape(lambda: self.fresh(jax.random.key(0)))
 
     def apply(
         self,
@@ -141,7 +142,8 @@ class Model:
         positions = jnp.arange(tokens.shape[1])
         where = Where(positions, positions, documents)
         decoder = nnx.merge(self._structure, params)
-        logits, _, features = decoder(tokens, where, ctx=ctx, remat=self.remat, unroll=self.unroll, wanted=dict(wanted))
+        kept = self.remat_keeps if self.remat else ""
+        logits, _, features = decoder(tokens, where, ctx=ctx, remat=kept, unroll=self.unroll, wanted=dict(wanted))
         return logits, features
 
     @functools.cached_property

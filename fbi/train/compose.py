@@ -32,10 +32,11 @@ from fbi.train import pruning, routing, sinks
 from fbi.train.checkpoint import Checkpoints
 from fbi.train.load import build_model, check_teacher, load_teacher, starting_params
 from fbi.train.loop import Loop
+from fbi.train.program import program
 from fbi.train.progress import Reporter
 from fbi.train.run import Execution, Run
 from fbi.train.rundir import Metrics, begin, environment, located, locked, take_back
-from fbi.train.step import State, abstract_state, begun, documents_of, make_objective, make_step
+from fbi.train.step import State, begun, documents_of, make_objective
 
 STEPS = 1 << 31  # the optimizer counts them in 32 bits
 SEEDS = 1 << 32  # jax takes a seed modulo this: beyond it two seeds would be one
@@ -53,8 +54,8 @@ class Result:
     bits_per_byte: float
 
 
-def check(run: Run, execution: Execution = Execution()) -> None:
-    """Refuses a run that cannot be carried out, before anything is written or loaded."""
+def check(run: Run, execution: Execution = Execution(), devices: int = 0) -> None:
+    """Refuses a run that cannot be carried out on so many devices (0: those here), before anything is loaded."""
     check_model(run.model)
     data_config.check(run.data)
     optim.check(run.optimizer)
@@ -98,7 +99,8 @@ def check(run: Run, execution: Execution = Execution()) -> None:
         raise InputError(f"data.window={run.data.window} exceeds model.context={run.model.context}; lower it")
     diagnostic_names(execution.diagnostics)
     sinks.names(execution.sinks)
-    meshes.check(meshes.parse(execution.mesh, jax.device_count()), run.model, run.data.batch, execution.accumulate)
+    sizes = meshes.parse(execution.mesh, devices or jax.device_count())
+    meshes.check(sizes, run.model, run.data.batch, execution.accumulate)
 
 
 def check_signs(model: Model) -> None:
@@ -159,15 +161,12 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
     if run.teacher:
         meshes.check(sizes, check_teacher(given).model, run.data.batch, execution.accumulate, "teacher")
     windows = _prepare(run, execution)
-    model, loss = build_model(run, execution), Loss.parse(run.loss)
-    tx = optim.build(run.optimizer, run.steps)
     schedule = optim.learning_rate(run.optimizer, run.steps)
     mesh = meshes.make(sizes)
     separator = windows.tokenizer.separator if run.data.mask_documents else None
     with jax.set_mesh(mesh):
         teacher, teacher_params = load_teacher(given, windows.tokenizer) if run.teacher else (None, None)
         write_json(directory / "env.json", environment(execution))
-        write_json(directory / "summary.json", summarize(model, windows))
         windows.tokenizer.save(directory / "tokenizer.json")
         checkpoints = Checkpoints(
             directory / "checkpoints", keep_last=execution.keep_last, keep_every=execution.keep_every
@@ -175,13 +174,14 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
         stream = windows.stream("validation")
         put = lambda step: meshes.put_batch(batches(()).batch_at(step), mesh)[:, :-1]  # noqa: E731
         held = functools.partial(routing.held, windows, run.data.batch, mesh)
-        routed = routing.parts(run, loss, model, held, separator)
-
+        built = program(run, execution, teacher=teacher, separator=separator, held=held)
+        model, routed = built.model, built.routed
+        write_json(directory / "summary.json", summarize(model, windows))
         pruned = pruning.told(run)
 
         def fresh() -> State:
             params = starting_params(given, model, lambda: put(0))
-            return begun(params, tx, routed.control)
+            return begun(params, built.tx, routed.control)
 
         def batches(skipped: tuple[tuple[int, int], ...]) -> Batches:
             return Batches(
@@ -220,7 +220,7 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
         if execution.diagnose_every:
             measures = {
                 "activations": activations(model, functools.partial(documents_of, separator=separator)),
-                "alignment": alignment(model, make_objective(loss, teacher=teacher, separator=separator)),
+                "alignment": alignment(model, make_objective(built.loss, teacher=teacher, separator=separator)),
             }
             by_batch = {name: on_part(measure, execution.accumulate) for name, measure in measures.items()}
             diagnostics = Diagnostics(model, execution.diagnostics, by_batch)
@@ -234,18 +234,9 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
                     run=run,
                     execution=execution,
                     mesh=mesh,
-                    step=make_step(
-                        model,
-                        loss,
-                        tx,
-                        teacher=teacher,
-                        accumulate=execution.accumulate,
-                        separator=separator,
-                        watch=routed.watch,
-                        control=routed.control,
-                    ),
+                    step=built.step,
                     fresh=fresh,
-                    abstract=abstract_state(model, tx, routed.control),
+                    abstract=built.state,
                     teacher_params=teacher_params,
                     batches=batches,
                     evaluate=lambda *at: final.__setitem__(slice(None), rows(*at)) or final,

@@ -37,7 +37,13 @@ class Loaded(NamedTuple):
 
 def build_model(run: Run, execution: Execution = Execution()) -> Model:
     """The model of a run."""
-    return Model(run.model, Policy.parse(run.policy), remat=execution.remat, unroll=execution.unroll)
+    return Model(
+        run.model,
+        Policy.parse(run.policy),
+        remat=execution.remat,
+        remat_keeps=execution.remat_keeps,
+        unroll=execution.unroll,
+    )
 
 
 def load(directory: str | Path, step: int | None = None) -> Loaded:

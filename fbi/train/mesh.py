@@ -1,5 +1,7 @@
 """Meshes from text, and arrays onto them."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jaxtyping import Array, Int
@@ -46,10 +48,11 @@ def check(sizes: dict[str, int], model: ModelConfig, batch: int, accumulate: int
         raise InputError(f"mesh: {'; '.join(wrong)}")
 
 
-def make(sizes: dict[str, int]) -> jax.sharding.Mesh:
-    """The mesh of those sizes over the first devices, with explicit axes."""
+def make(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh of those sizes over the first devices (by default of this machine), with explicit axes."""
     count = sizes["data"] * sizes["model"]
-    return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, devices=jax.devices()[:count])
+    there = jax.devices() if devices is None else devices
+    return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, devices=there[:count])
 
 
 def put_batch(rows: np.ndarray, mesh: jax.sharding.Mesh) -> Int[Array, "b t"]:

@@ -74,6 +74,8 @@ class Execution:
     """Parts in which a batch is computed, one after the other."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    remat_keeps: Literal["nothing", "products"] = "nothing"
+    """What remat keeps of a layer beside its input: the results of its matrix products are then not computed again."""
     unroll: int = 4
     """Layers unrolled in one turn of the scan."""
     checkpoint_every: int = 200

@@ -9,6 +9,7 @@ import pytest
 
 from fbi.model import Model, ModelConfig
 from fbi.model.attention import LONG
+from fbi.model.axes import mesh_1x1
 from fbi.policy import Policy
 
 SHAPE = ModelConfig(vocab=64, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ff=48, context=512)
@@ -122,10 +123,27 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights():
 
 def test_recomputation_and_unrolling_change_nothing(x64):
     config = dataclasses.replace(SHAPE, dtype="float64")
-    plain, other = Model(config), Model(config, remat=True, unroll=2)
+    plain = Model(config)
     params = plain.init(0)
 
     def grads(model):
         return jax.grad(lambda p: jnp.sum(model.apply(p, TOKENS) ** 2))(params)
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), grads(plain), grads(other))
+    expected = grads(plain)
+    for kept in ("nothing", "products"):
+        found = grads(Model(config, remat=True, remat_keeps=kept, unroll=2))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, expected)
+
+
+def test_products_that_are_kept_are_not_computed_again():
+    def products(**options):
+        model = Model(SHAPE, **options)
+        loss = lambda p: jnp.sum(model.apply(p, TOKENS) ** 2)
+        with jax.set_mesh(mesh_1x1()):
+            return str(jax.make_jaxpr(jax.grad(loss))(model.abstract())).count("dot_general[")
+
+    everything, products_kept, nothing = (
+        products(), products(remat=True, remat_keeps="products"), products(remat=True)
+    )  # fmt: skip
+    assert nothing - everything == 7 + 2 - 1  # of a layer the seven and the attention's two, the last one unused
+    assert products_kept - everything == 2
