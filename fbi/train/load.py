@@ -12,7 +12,7 @@ from fbi.data.tokenizer import Tokenizer
 from fbi.errors import InputError
 from fbi.lazy import make_callable
 from fbi.model import Model, Params
-from fbi.model.axes import mesh_in_use
+from fbi.model.axes import Axes, mesh_in_use
 from fbi.model.calibrate import calibrate, learned_sites
 from fbi.model.convert import adapt, check_routers
 from fbi.model.convert_gguf import smollm2
@@ -36,7 +36,8 @@ class Loaded(NamedTuple):
 
 def build_model(run: Run, execution: Execution = Execution()) -> Model:
     """The model of a run."""
-    return Model(run.model, Policy.parse(run.policy), remat=execution.remat, unroll=execution.unroll)
+    axes = Axes(gather=execution.gather)
+    return Model(run.model, Policy.parse(run.policy), axes=axes, remat=execution.remat, unroll=execution.unroll)
 
 
 def load(directory: str | Path, step: int | None = None) -> Loaded:

@@ -72,6 +72,11 @@ class Execution:
     """Parts in which a batch is computed, one after the other."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    loss_chunk: int = 0
+    """Tokens of each device whose logits exist at a time, as 1024; 0: all. Costs no computation."""
+    gather: Literal["values", "codes"] = "values"
+    """What travels where a weight split over the data axis is brought together: its quantized values, or its codes
+    packed into bytes (1 bit for fbi, 1.6 for bitnet-b158) and its scales. The same numbers."""
     unroll: int = 4
     """Layers unrolled in one turn of the scan."""
     checkpoint_every: int = 200
