@@ -32,7 +32,7 @@ WINDOW = 256
 class Variant:
     """A compiled step and its state."""
 
-    def __init__(self, policy: str, gather: str, dtype: str, mesh: jax.sharding.Mesh):
+    def __init__(self, policy: str, gather: str, dtype: Any, mesh: jax.sharding.Mesh):
         model = Model(ModelConfig(**SHAPE, dtype=dtype), Policy.parse(policy), axes=Axes(gather=gather))
         tx = optim.build(optim.OptimizerConfig(), 100)
         rows = np.random.default_rng(0).integers(0, SHAPE["vocab"], (8, WINDOW + 1)).astype(np.int32)

@@ -17,8 +17,9 @@ from fbi.model.config import linear_shapes
 from fbi.model.gather import by_code, by_value
 from fbi.policy import Policy
 from fbi.quant import Ctx, quantizer
+from fbi.quant.pack import packed_size
 from fbi.train import mesh as meshes
-from fbi.train.step import abstract_state, make_objective, make_step
+from fbi.train.step import abstract_state, make_objective, make_step, on_mesh
 
 SHAPE = ModelConfig(vocab=64, dim=32, layers=1, heads=4, kv_heads=4, head_dim=8, ff=64, context=32)
 METHODS = (
@@ -83,8 +84,10 @@ def test_loss_and_gradient_are_those_of_the_plain_step_in_float64(x64):
     config = dataclasses.replace(SHAPE, dtype="float64")
     objective = make_objective(Loss.parse("ce"))
     with jax.set_mesh(mesh := meshes.make(meshes.parse("data=4,model=2", 8))):
-        params = Model(config, Policy.parse(policy)).init(0)
-        tokens = meshes.put_batch(np.random.default_rng(0).integers(0, 64, (8, 17)).astype(np.int32), mesh)
+        rng = np.random.default_rng(0)
+        draw = lambda leaf: jax.device_put(0.3 * rng.standard_normal(leaf.shape), leaf.sharding)
+        params = jax.tree.map(draw, on_mesh(Model(config, Policy.parse(policy)).abstract()))
+        tokens = meshes.put_batch(rng.integers(0, 64, (8, 17)).astype(np.int32), mesh)
         found = []
         for gather in ("values", "codes"):
             model = Model(config, Policy.parse(policy), axes=Axes(gather=gather))
@@ -97,7 +100,7 @@ def test_loss_and_gradient_are_those_of_the_plain_step_in_float64(x64):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)
 
 
-WIDE = ModelConfig(vocab=96, dim=128, layers=2, heads=4, kv_heads=4, head_dim=32, ff=256, context=32, dtype="bfloat16")
+WIDE = dataclasses.replace(SHAPE, vocab=96, dim=128, layers=2, head_dim=32, ff=256, dtype="bfloat16")
 
 
 def gathers(policy, gather):
@@ -111,13 +114,18 @@ def gathers(policy, gather):
 
 
 def test_binary_codes_travel_in_a_sixteenth_and_ternary_ones_in_a_tenth_of_the_bytes_of_bfloat16():
-    shapes = sorted(linear_shapes(WIDE).values())
-    blocks = [g for g in gathers("fp", "values") if g.shape in shapes]
-    assert sorted(g.shape for g in blocks) == shapes  # each matrix of a block once, the layers being scanned
-    baseline = 2 * sum(math.prod(g.shape) for g in blocks)  # the emulated device widens bfloat16 before it travels
-    for policy, most in (("fbi", 0.07), ("bitnet-b158", 0.13)):
-        found = gathers(policy, "codes")
-        codes = sum(g.bytes for g in found if g.dtype == "u8")
-        print(f"{policy}: {codes} bytes of codes, {codes / baseline:.4f} of {baseline}")
-        assert 0.06 < codes / baseline <= most
-        assert not [g for g in found if g.dtype != "u8" and g.shape in shapes]
+    shapes = linear_shapes(WIDE)
+    plain = [g for g in gathers("fp", "values") if g.shape in shapes.values()]
+    assert sorted(g.shape for g in plain) == sorted(shapes.values())  # each matrix once, the layers being scanned
+    found = gathers("layers.*.attn.*: w=fbi | layers.*.mlp.*: w=bitnet-b158", "codes")
+    assert not [g for g in found if g.dtype != "u8" and g.shape in shapes.values()]
+    codes = sorted(g.bytes for g in found if g.dtype == "u8")
+    expected = 0
+    for kind, levels, most in (("attn", 2, 0.07), ("mlp", 3, 0.13)):
+        counts = [math.prod(shape) for site, shape in shapes.items() if site.startswith(kind)]
+        travelled = [8 * packed_size(count // 8, levels) for count in counts]  # each device packs its own part
+        for size in travelled:
+            codes.remove(size)
+        assert sum(travelled) / sum(2 * count for count in counts) <= most
+        expected += len(travelled)
+    assert (codes, expected) == ([], 7)
