@@ -1,10 +1,11 @@
 """A training step on emulated devices with weights gathered as values and as codes: bytes and time.
 
-    python benchmarks/gather.py [--devices 8] [--rounds 10] [--dtype float32]
+    python benchmarks/gather.py [--devices 8] [--rounds 10] [--dtype float32] [--layers 6] [--policies fbi,bitnet-b158]
 
 Weights are split over the data axis of all devices. Bytes are those of the all-gathers in the compiled program, the
 layers being scanned (a loop's body counts once); the devices share this machine's processor, so that a gather costs a
-copy in memory and no link. Steps of all variants take turns; ratios are medians over rounds, of codes over values.
+copy in memory and no link. Steps of all variants take turns; ratios are medians over rounds, of codes over values, of
+wall time and of processor time (the one to look at where the machine is not quiet).
 """
 
 import argparse
@@ -24,16 +25,16 @@ from fbi.policy import Policy
 from fbi.train import mesh as meshes
 from fbi.train.step import init_state, make_step
 
-POLICIES, GATHERS = ("fp", "fbi", "bitnet-b158"), ("values", "codes")
-SHAPE: dict[str, Any] = {"vocab": 4096, "dim": 256, "layers": 6, "heads": 8, "kv_heads": 8, "head_dim": 32, "ff": 768}
+GATHERS = ("values", "codes")
+SHAPE: dict[str, Any] = {"vocab": 4096, "dim": 256, "heads": 8, "kv_heads": 8, "head_dim": 32, "ff": 768}
 WINDOW = 256
 
 
 class Variant:
     """A compiled step and its state."""
 
-    def __init__(self, policy: str, gather: str, dtype: Any, mesh: jax.sharding.Mesh):
-        model = Model(ModelConfig(**SHAPE, dtype=dtype), Policy.parse(policy), axes=Axes(gather=gather))
+    def __init__(self, policy: str, gather: str, mesh: jax.sharding.Mesh, **shape: Any):
+        model = Model(ModelConfig(**SHAPE, **shape), Policy.parse(policy), axes=Axes(gather=gather))
         tx = optim.build(optim.OptimizerConfig(), 100)
         rows = np.random.default_rng(0).integers(0, SHAPE["vocab"], (8, WINDOW + 1)).astype(np.int32)
         self.tokens, self.progress = meshes.put_batch(rows, mesh), jax.device_put(np.float32(0))
@@ -41,14 +42,14 @@ class Variant:
         step: Any = make_step(model, Loss.parse("ce"), tx)
         self.step = step.lower(self.state, None, self.tokens, self.progress).compile()
         self.bytes = sum(found.bytes for found in all_gathers(self.step.as_text()))
-        self.times: list[float] = []
+        self.times: list[tuple[float, float]] = []
 
     def run(self) -> None:
         """One step, timed."""
-        began = time.perf_counter()
+        began = time.perf_counter(), time.process_time()
         self.state, sums = self.step(self.state, None, self.tokens, self.progress)
         jax.block_until_ready((self.state, sums))
-        self.times.append(time.perf_counter() - began)
+        self.times.append((time.perf_counter() - began[0], time.process_time() - began[1]))
 
 
 def main() -> None:
@@ -56,26 +57,25 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--policies", default="fbi,bitnet-b158")
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", options.devices)
-    mesh = meshes.make({"data": options.devices, "model": 1})
+    mesh, shape = meshes.make({"data": options.devices, "model": 1}), {"layers": options.layers, "dtype": options.dtype}
     with jax.set_mesh(mesh):
-        variants = {(p, g): Variant(p, g, options.dtype, mesh) for p in POLICIES for g in GATHERS[: 1 + (p != "fp")]}
-        for round_ in range(options.rounds + 1):
+        variants = {(p, g): Variant(p, g, mesh, **shape) for p in options.policies.split(",") for g in GATHERS}
+        for turn in range(options.rounds + 1):
             for variant in variants.values():
                 variant.run()
-                if not round_:
+                if not turn:
                     variant.times.clear()  # of the first
-    print("| policy | gathered as | all-gathers, KiB | step ms | x values | x fp |\n|---|---|---:|---:|---:|---:|")
+    print("| policy | gathered as | all-gathers, KiB | step ms | x values | of processor time |")
+    print("|---|---|---:|---:|---:|---:|")
     for (policy, gather), variant in variants.items():
-        ratio = {
-            name: statistics.median(a / b for a, b in zip(variant.times, other.times, strict=True))
-            for name, other in (("values", variants[policy, "values"]), ("fp", variants["fp", "values"]))
-        }
-        print(
-            f"| {policy} | {gather} | {variant.bytes / 1024:,.0f} | {1e3 * statistics.median(variant.times):.0f} "
-            f"| {ratio['values']:.2f} | {ratio['fp']:.2f} |"
-        )
+        pairs = list(zip(variant.times, variants[policy, "values"].times, strict=True))
+        wall, work = (statistics.median(a[i] / b[i] for a, b in pairs) for i in range(2))
+        milliseconds = 1e3 * statistics.median(time for time, _ in variant.times)
+        print(f"| {policy} | {gather} | {variant.bytes / 1024:,.0f} | {milliseconds:.0f} | {wall:.2f} | {work:.2f} |")
 
 
 if __name__ == "__main__":
