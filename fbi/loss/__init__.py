@@ -3,6 +3,9 @@
 A loss is text: `ce`, `ad`, `ad:temperature=2,top_k=64`, `kl + 10*hidden`, `0.5*ce + 0.5*ad`; `mix` is the last one.
 """
 
+from fbi.loss.chunked import Readout as Readout
+from fbi.loss.chunked import check_chunks as check_chunks
+from fbi.loss.chunked import chunked as chunked
 from fbi.loss.features import direction_matching as direction_matching
 from fbi.loss.features import hidden_states as hidden_states
 from fbi.loss.features import matched_layers as matched_layers

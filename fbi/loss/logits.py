@@ -24,9 +24,15 @@ def cross_entropy(logits: Float[Array, "b t v"], labels: Int[Array, "b t"]) -> F
     return log_normalizer(logits) - label_logit
 
 
+def _own(out: Outputs) -> Float[Array, "b t v"]:
+    """The student's logits."""
+    assert out.logits is not None  # only terms over features are given none
+    return out.logits
+
+
 def next_token(out: Outputs) -> Float[Array, "b t"]:
     """Cross-entropy of the next token in nats, per position: -log softmax(logits)[label]."""
-    return cross_entropy(out.logits, out.labels)
+    return cross_entropy(_own(out), out.labels)
 
 
 def _taught(out: Outputs) -> Float[Array, "b t v"]:
@@ -52,7 +58,7 @@ def distillation(out: Outputs, *, temperature: float = 1.0, top_k: int = 0) -> F
     `top_k` keeps the teacher's likeliest tokens, renormalised (0: all). Its floor is the teacher's entropy, not zero.
     """
     target = jax.nn.softmax(_likeliest(_taught(out) / temperature, top_k), axis=-1)
-    logits = out.logits / temperature
+    logits = _own(out) / temperature
     return temperature**2 * (log_normalizer(logits) - jnp.sum(target * logits, -1))
 
 
@@ -73,7 +79,7 @@ def forward_kl(out: Outputs, *, temperature: float = 1.0) -> Float[Array, "b t"]
 
     `distillation` less the teacher's entropy: the same gradient, and zero where student and teacher agree.
     """
-    return _divergence(_taught(out), out.logits, temperature)
+    return _divergence(_taught(out), _own(out), temperature)
 
 
 def reverse_kl(out: Outputs, *, temperature: float = 1.0) -> Float[Array, "b t"]:
@@ -82,7 +88,7 @@ def reverse_kl(out: Outputs, *, temperature: float = 1.0) -> Float[Array, "b t"]
     It seeks a mode of the teacher instead of covering all of it; MiniLLM, arXiv 2306.08543, here per token of
     the text.
     """
-    return _divergence(out.logits, _taught(out), temperature)
+    return _divergence(_own(out), _taught(out), temperature)
 
 
 def confidence_aware_kl(out: Outputs, *, temperature: float = 1.0, beta: float | None = None) -> Float[Array, "b t"]:

@@ -9,10 +9,11 @@ from jaxtyping import Array, Float, Int
 class Outputs(NamedTuple):
     """Logits [b, t, v] of student and teacher, the token that follows each position, and features of both.
 
-    Features are keyed as `Model.features` returns them, [layers, b, t, x]; only those that a loss asks for are there.
+    Logits are None where a loss is computed in chunks, for the terms over features. Features are keyed as
+    `Model.features` returns them, [layers, b, t, x]; only those that a loss asks for are there.
     """
 
-    logits: Float[Array, "b t v"]
+    logits: Float[Array, "b t v"] | None
     labels: Int[Array, "b t"]
     teacher_logits: Float[Array, "b t v"] | None = None
     features: Mapping[str, Array] = {}

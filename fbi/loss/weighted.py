@@ -59,7 +59,7 @@ class Term:
 
     def __call__(self, out: Outputs) -> Float[Array, "b t"]:
         """Its value at each position, before its weight."""
-        if self.registered.needs_teacher and out.teacher_logits is None:
+        if self.registered.needs_teacher and out.teacher_logits is None and not out.teacher_features:
             raise InputError(
                 f"the loss term {self.kind!r} needs a teacher; set teacher to the directory of a finished run"
             )
@@ -116,14 +116,29 @@ class Loss:
         They are `loss`; each term without its weight by its kind (with its options where a kind stands there with more
         than one set of them); `ce` in any case; and with a teacher `floor`, its entropy.
         """
+        sums = {name: jnp.sum(value) for name, value in self.positions(out, weights).items()}
+        return sums["loss"], sums
+
+    def positions(
+        self, out: Outputs, weights: Mapping[str, Float[Array, ""]] = NO_WEIGHTS
+    ) -> dict[str, Float[Array, "b t"]]:
+        """What `__call__` sums, at each position; `ce` and `floor` where there are logits."""
         parts = [(term, term(out)) for term in self.terms]
-        total = jnp.sum(sum(weights.get(term.kind, term.weight) * value for term, value in parts))
+        weighted = [weights.get(term.kind, term.weight) * value for term, value in parts]
+        total = sum(weighted[1:], weighted[0]) if weighted else jnp.zeros_like(out.labels, jnp.float32)
         values = {self._label(term): value for term, value in parts}
-        plain = values.pop("ce") if "ce" in values else jax.lax.stop_gradient(next_token(out))
-        sums = {"loss": total, "ce": jnp.sum(plain)}
+        found = {"loss": total}
+        if out.logits is not None:
+            found["ce"] = values.pop("ce") if "ce" in values else jax.lax.stop_gradient(next_token(out))
         if out.teacher_logits is not None:
-            sums["floor"] = jnp.sum(teacher_entropy(out))
-        return total, sums | {name: jnp.sum(value) for name, value in values.items()}
+            found["floor"] = teacher_entropy(out)
+        return found | values
+
+    @property
+    def split(self) -> "tuple[Loss, Loss]":
+        """Its terms over logits, and those over features."""
+        over_features = tuple(t for t in self.terms if t.registered.features(dict(t.options)))
+        return Loss(tuple(t for t in self.terms if t not in over_features)), Loss(over_features)
 
     def _label(self, term: Term) -> str:
         others = {t.options for t in self.terms if t.kind == term.kind} - {term.options}

@@ -5,6 +5,8 @@ import dataclasses
 import jax
 from jax.sharding import PartitionSpec as P
 
+FSDP = "data"  # the mesh axis over which a weight in use is gathered
+
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
@@ -15,6 +17,8 @@ class Axes:
     heads: str | None = "model"
     ff: str | None = "model"
     vocab: str | None = "model"
+    gather: str = "values"
+    """How FSDP gathers a weight, by its name in `fbi.model.gather`."""
 
     @property
     def stream(self) -> P:
@@ -44,7 +48,7 @@ def whole_input(spec: P) -> P:
 
 def gathered(spec: P) -> P:
     """A weight in use: what FSDP split is whole, what tensor parallelism split stays split."""
-    return P(*(None if axis == "data" else axis for axis in spec))
+    return P(*(None if axis == FSDP else axis for axis in spec))
 
 
 def mesh_in_use() -> jax.sharding.Mesh:

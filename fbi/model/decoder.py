@@ -12,9 +12,10 @@ from fbi.model import taps
 from fbi.model.attention import Attention, Cache, Where
 from fbi.model.axes import Axes, gathered, whole_input
 from fbi.model.config import ModelConfig, linear_shapes
-from fbi.model.dense import dense
+from fbi.model.dense import Product, multiplied
+from fbi.model.gather import GATHERS
 from fbi.model.learned import Operand
-from fbi.model.linear import Linear, for_site
+from fbi.model.linear import Linear, finished, for_site
 from fbi.model.mlp import mlp
 from fbi.model.norm import RMSNorm
 from fbi.policy import Methods
@@ -54,6 +55,12 @@ def latent_dtype(config: ModelConfig) -> jnp.dtype:
     return jnp.promote_types(config.dtype, jnp.float32)
 
 
+def logits_of(head: Methods, y: Float[Array, "b t v"], product: Product) -> Float[Array, "b t v"]:
+    """The logits of the head's product y, in float32 at least."""
+    logits = finished(head, y, product)
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); the norms lie where the config says."""
 
@@ -77,6 +84,7 @@ class Block(nnx.Module):
                 norm=norm(shapes[site][0], ("inner",)),
                 rngs=rngs,
                 site=site,
+                gather=GATHERS[axes.gather],
             )
 
         self.attn_norm, self.mlp_norm = norm(c.dim, ("pre", "sub")), norm(c.dim, ("pre", "sub"))
@@ -133,6 +141,7 @@ class Decoder(nnx.Module):
                 dtype=dtype,
                 norm=None,
                 rngs=rngs,
+                gather=GATHERS[axes.gather],
             )
 
     @property
@@ -196,11 +205,14 @@ class Decoder(nnx.Module):
 
     def project(self, x: Float[Array, "b t d"], table: Float[Array, "v d"], ctx: Ctx) -> Float[Array, "b t v"]:
         """The head, `table` being the embedding as used, in float32 at least."""
-        out = self.axes.hidden(self.axes.vocab)
-        if self.config.tied:
-            used = jax.sharding.reshard(table, gathered(self._table_spec))
-            logits = dense(self.head(x, for_site(ctx, "head")), used.T, out)
-        else:
-            logits = self.head(x, out, ctx)
-        logits = jnp.asarray(logits)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        product = self.operands(x, table, ctx)
+        y = multiplied(product, self.axes.hidden(self.axes.vocab))
+        return logits_of(self.bound.get("head", Methods()), y, product)
+
+    def operands(self, x: Float[Array, "b t d"], table: Float[Array, "v d"] | None, ctx: Ctx) -> Product:
+        """What the head multiplies; None: the embedding is to be made."""
+        if not self.config.tied:
+            return self.head.operands(x, ctx)
+        table = self._table(ctx) if table is None else table
+        full = jax.sharding.reshard(jax.lax.stop_gradient(table), gathered(self._table_spec))
+        return Product(self.head(x, for_site(ctx, "head")), table.T, full.T)

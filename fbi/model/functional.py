@@ -16,10 +16,11 @@ from fbi.model import taps
 from fbi.model.attention import Cache, Where
 from fbi.model.axes import Axes, mesh_1x1
 from fbi.model.config import ModelConfig
-from fbi.model.decoder import BLOCK_SITES, OPERAND_SITES, STACKED, Blocks, Decoder, segments
+from fbi.model.decoder import BLOCK_SITES, OPERAND_SITES, STACKED, Blocks, Decoder, logits_of, segments
+from fbi.model.dense import Product
 from fbi.model.router import adds_noise
 from fbi.model.routing import check_leaks
-from fbi.policy import Policy, Site
+from fbi.policy import Methods, Policy, Site
 from fbi.quant import Ctx
 
 Params = dict[str, Any]
@@ -160,6 +161,18 @@ class Model:
 
     def _head(self, params: Params, hidden: Array, ctx: Ctx) -> Array:
         return nnx.merge(self._structure, params).logits(hidden, ctx)
+
+    def head_product(self, params: Params, hidden: Float[Array, "b t d"], ctx: Ctx = Ctx()) -> Product:
+        """What the head multiplies for hidden states as `head` takes them, on a mesh; with `head_logits` it is `head`.
+
+        The logits of part of the positions are those of the product with that part of `x` and `memo`: so they need not
+        all exist at a time.
+        """
+        return nnx.merge(self._structure, params).operands(hidden, None, ctx)
+
+    def head_logits(self, y: Float[Array, "b t v"], product: Product) -> Float[Array, "b t v"]:
+        """The logits, in float32 at least, of y = x @ full of what `head_product` gives."""
+        return logits_of(self.bound.get("head", Methods()), y, product)
 
     @functools.cached_property
     def _head_alone(self) -> Callable:

@@ -9,8 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fbi.model import taps
-from fbi.model.axes import gathered, whole_input
-from fbi.model.dense import dense
+from fbi.model.axes import whole_input
+from fbi.model.dense import Product, multiplied
+from fbi.model.gather import Gather, by_value
 from fbi.model.learned import held, leaves_of
 from fbi.model.norm import RMSNorm
 from fbi.policy import Methods
@@ -22,12 +23,18 @@ def for_site(ctx: Ctx, site: str) -> Ctx:
     return ctx if ctx.key is None else ctx._replace(key=jax.random.fold_in(ctx.key, zlib.crc32(site.encode())))
 
 
+def finished(methods: Methods, y: Float[Array, "b t o"], product: Product) -> Float[Array, "b t o"]:
+    """What the weight's method does to the product y of a layer."""
+    return methods.build()[0].around.post(y, product.after or {}, product.memo)
+
+
 class Linear(nnx.Module):
     """y = post(quantize(pre(norm(x))) @ quantize(w)), without a bias. The latent w [in, out] keeps its own type.
 
     Each operand is quantized at least in float32 and cast once to the type of x; the quantized, cast weight is what
-    FSDP gathers, laid out as `spec`. `pre` and `post` are what the weight's method adds around the product. What is
-    learned beside w lies in `q` (the weight's quantizer), `a` (the activation's) and `r` (around the product).
+    FSDP gathers, in the way of `gather`, to be laid out as `spec`. `pre` and `post` are what the weight's method adds
+    around the product. What is learned beside w lies in `q` (the weight's quantizer), `a` (the activation's) and `r`
+    (around the product).
     """
 
     def __init__(
@@ -41,8 +48,9 @@ class Linear(nnx.Module):
         norm: RMSNorm | None,
         rngs: nnx.Rngs,
         site: str = "",
+        gather: Gather = by_value,
     ):
-        self.site, self.methods, self.norm, self.spec = site, methods, norm, spec
+        self.site, self.methods, self.norm, self.spec, self.gather = site, methods, norm, spec, gather
         weight, activation = methods.build()
         key, rest = rngs.params(), whole_input(spec) if weight.whole else spec
         w = std * jax.random.normal(key, shape, dtype, out_sharding=rest)
@@ -57,17 +65,22 @@ class Linear(nnx.Module):
         self, x: Float[Array, "b t i"], out: jax.P, ctx: Ctx, after: Callable[[Array], Array] = taps.identity
     ) -> Float[Array, "b t o"]:
         """The product, laid out as `out`; `after` is applied to the quantized input."""
+        product = self.operands(x, ctx, after)
+        return taps.tap(f"{self.site}.out", finished(self.methods, multiplied(product, out), product))
+
+    def operands(self, x: Float[Array, "b t i"], ctx: Ctx, after: Callable[[Array], Array] = taps.identity) -> Product:
+        """What is multiplied."""
         if self.norm is not None:
             x = self.norm(x)
         taps.tap(self.site, x)
         ctx, around = for_site(ctx, self.site), leaves_of(self, "r")
         weight, activation = paired(*self.methods.build())
-        w_hat = weight.apply(self.w[...], leaves_of(self, "q"), for_site(ctx, "w")).astype(x.dtype)
-        w_hat = jax.sharding.reshard(w_hat, gathered(self.spec))
+        latent = self.w[...], leaves_of(self, "q"), for_site(ctx, "w")
+        w_hat = weight.apply(*latent).astype(x.dtype)
+        full = self.gather(weight, *latent, w_hat, self.spec)
         spec = jax.typeof(x).sharding.spec
         whole = jax.P(*spec[:-1], None) if activation.whole else spec
         x, memo = weight.around.pre(x, around)
         x_hat = activation.apply(jax.sharding.reshard(x, whole), leaves_of(self, "a"), for_site(ctx, "a"))
         x_hat = after(jax.sharding.reshard(x_hat.astype(x.dtype), spec))
-        y = jnp.asarray(dense(x_hat, w_hat, out))
-        return taps.tap(f"{self.site}.out", weight.around.post(y, around, memo))
+        return Product(x_hat, w_hat, full, around, memo)

@@ -7,12 +7,13 @@ from jaxtyping import Array, Integer, UInt8
 
 from fbi.errors import InputError
 
+MOST_LEVELS = 256  # of a code that fits a byte
 TRITS = 5  # 3^5 = 243 codes in a byte: 1.6 bits for a ternary code
 
 
 def _width(levels: int) -> int:
-    if not 2 <= levels <= 256:
-        raise InputError(f"cannot pack {levels} levels; codes of 2 to 256 levels fit a byte")
+    if not 2 <= levels <= MOST_LEVELS:
+        raise InputError(f"cannot pack {levels} levels; codes of 2 to {MOST_LEVELS} levels fit a byte")
     return math.ceil(math.log2(levels))
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from fbi.quant.around import NOTHING, Around
 from fbi.quant.field import Field
 from fbi.quant.grid import Grid, Stochastic
+from fbi.quant.pack import MOST_LEVELS
 from fbi.quant.scale import QParams, Scale
 from fbi.quant.ste import Ctx, straight_through
 from fbi.quant.surrogate import Surrogate
@@ -61,7 +62,7 @@ class Quantizer(NamedTuple):
     `init(x, key=None) -> qparams`: learned leaves, {} when there are none; for an activation, from one batch of the
     full-precision forward.
     `apply(x, qparams={}, ctx=Ctx()) -> x_hat`: same shape, on the grid, differentiable, at least float32.
-    `encode(x, qparams={}) -> Encoded`; `decode(Encoded)` equals `apply` bit for bit when both are compiled.
+    `encode(x, qparams={}, ctx=Ctx()) -> Encoded`; `decode(Encoded)` equals `apply` bit for bit when both are compiled.
     `bits(shape, dtype=float32) -> BitReport`.
     """
 
@@ -77,6 +78,8 @@ class Quantizer(NamedTuple):
     """A basis in which the product may be formed instead, and the quantizer whose output stays in it."""
     draws: bool = False
     """Whether it rounds at random where the context has a key."""
+    coded: bool = False
+    """Whether `encode` says in every context what `apply` gives, in codes that `Encoded.grid.pack` takes."""
     weigh: Callable[..., Array] | None = None
     """(scores, allowed, qparams, ctx) -> attention weights, of a method that takes the place of the softmax."""
     reach: Callable[[int], int] = IDENTITY.reach
@@ -149,7 +152,8 @@ def compose(
 
     def encode(x: Array, qparams: QParams | None = None, ctx: Ctx = Ctx()) -> Encoded:
         units, field = scale.solve(rotated(x), qparams or {}, ctx)
-        return Encoded(grid.codes(units).astype(grid.code_type), jax.lax.stop_gradient(field), grid, transform, axis)
+        codes = grid.draw(units, ctx.key).astype(grid.code_type)
+        return Encoded(codes, jax.lax.stop_gradient(field), grid, transform, axis)
 
     def bits(shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> BitReport:
         weights = math.prod(shape)
@@ -166,7 +170,18 @@ def compose(
         arguments = {"scale": scale, "grid": grid, "surrogate": surrogate, "axis": axis, "around": around}
         turned = (transform, compose(**arguments, transform=transform, back=False, whole=whole))
     draws = isinstance(grid, Stochastic)
-    return Quantizer(init, apply, encode, bits, around, whole or transform.mixes, turned, draws, reach=transform.reach)
+    return Quantizer(
+        init,
+        apply,
+        encode,
+        bits,
+        around,
+        whole=whole or transform.mixes,
+        turned=turned,
+        draws=draws,
+        coded=grid.size <= MOST_LEVELS,
+        reach=transform.reach,
+    )
 
 
 def paired(weight: Quantizer, activation: Quantizer) -> tuple[Quantizer, Quantizer]:
@@ -208,7 +223,7 @@ def warmed(quantizer: Quantizer, share: float) -> Quantizer:
         phase = jnp.minimum(jnp.asarray(ctx.t, y.dtype) / share, 1)
         return (1 - phase) * x.astype(y.dtype) + phase * y
 
-    return quantizer._replace(apply=apply)
+    return quantizer._replace(apply=apply, coded=False)
 
 
 def packed(encoded: Encoded) -> dict[str, Array]:

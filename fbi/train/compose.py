@@ -21,7 +21,7 @@ from fbi.data import config as data_config
 from fbi.errors import InputError
 from fbi.evaluate.perplexity import evaluate
 from fbi.files import read_json, write_json
-from fbi.loss import Loss
+from fbi.loss import Loss, check_chunks
 from fbi.model import Model, Params
 from fbi.model.config import check as check_model
 from fbi.model.decoder import segments
@@ -74,6 +74,7 @@ def check(run: Run, execution: Execution = Execution(), devices: int = 0) -> Non
             f"loss={run.loss!r}: {', '.join(loss.whole_batch)} looks at the whole batch, which accumulate="
             f"{execution.accumulate} computes in parts; use accumulate=1, or an option that fixes it, as cakld:beta=0.5"
         )
+    check_chunks(loss, execution.loss_chunk)
     for name, value, least in (
         ("steps", run.steps, 1),
         ("guard.retries", run.guard.retries, 0),
@@ -218,9 +219,10 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
 
         diagnostics = None
         if execution.diagnose_every:
+            objective = make_objective(built.loss, teacher=teacher, separator=separator, chunk=execution.loss_chunk)
             measures = {
                 "activations": activations(model, functools.partial(documents_of, separator=separator)),
-                "alignment": alignment(model, make_objective(built.loss, teacher=teacher, separator=separator)),
+                "alignment": alignment(model, objective),
             }
             by_batch = {name: on_part(measure, execution.accumulate) for name, measure in measures.items()}
             diagnostics = Diagnostics(model, execution.diagnostics, by_batch)

@@ -12,7 +12,7 @@ from fbi.data.tokenizer import Tokenizer
 from fbi.errors import InputError
 from fbi.lazy import make_callable
 from fbi.model import Model, Params
-from fbi.model.axes import mesh_in_use
+from fbi.model.axes import Axes, mesh_in_use
 from fbi.model.calibrate import calibrate, learned_sites
 from fbi.model.convert import adapt, check_routers
 from fbi.model.convert_gguf import smollm2
@@ -40,6 +40,7 @@ def build_model(run: Run, execution: Execution = Execution()) -> Model:
     return Model(
         run.model,
         Policy.parse(run.policy),
+        axes=Axes(gather=execution.gather),
         remat=execution.remat,
         remat_keeps=execution.remat_keeps,
         unroll=execution.unroll,

@@ -48,6 +48,7 @@ def program(
         separator=separator,
         watch=routed.watch,
         control=routed.control,
+        chunk=execution.loss_chunk,
     )
     return Program(model, loss, tx, routed, step, abstract_state(model, tx, routed.control))
 

@@ -76,6 +76,11 @@ class Execution:
     """Recompute each layer in the backward pass instead of keeping its activations."""
     remat_keeps: Literal["nothing", "products"] = "nothing"
     """What remat keeps of a layer beside its input: the results of its matrix products are then not computed again."""
+    loss_chunk: int = 0
+    """Tokens of each device whose logits exist at a time, as 1024; 0: all. Costs no computation."""
+    gather: Literal["values", "codes"] = "values"
+    """What travels where a weight split over the data axis is brought together: its quantized values, or its codes
+    packed into bytes (1 bit for fbi, 1.6 for bitnet-b158) and its scales. The same numbers."""
     unroll: int = 4
     """Layers unrolled in one turn of the scan."""
     checkpoint_every: int = 200

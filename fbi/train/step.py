@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from fbi.loss import NO_WATCH, Loss, Outputs, Watch
+from fbi.loss import NO_WATCH, Loss, Outputs, Readout, Watch, chunked
 from fbi.loss.weighted import NO_WEIGHTS
 from fbi.model import Model, Params
 from fbi.quant import Ctx
@@ -67,12 +67,15 @@ def make_objective(
     parts: int = 1,
     separator: int | None = None,
     watch: Watch = NO_WATCH,
+    chunk: int = 0,
 ) -> Objective:
     """What a step differentiates: (model, params, teacher_params, tokens [b, t+1], progress) -> (mean loss, sums).
 
     The mean is over predictions, divided by `parts`: those of equal parts of a batch add up to that of the whole.
-    `weights`, a last argument, take the place of those that the loss gives its terms.
+    `weights`, a last argument, take the place of those that the loss gives its terms. With `chunk` no more logits
+    exist than those of so many tokens of each device.
     """
+    head = ("head",) if chunk else ()
     wanted = tuple(dict.fromkeys((*loss.features, *watch.features)))
 
     def objective(
@@ -85,12 +88,18 @@ def make_objective(
     ) -> tuple[Array, dict[str, Array]]:
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         documents = documents_of(inputs, separator)
-        logits, features = model.features(params, inputs, documents, context(model, progress, tokens), wanted)
-        taught, known = None, {}
+        ctx = context(model, progress, tokens)
+        logits, features = model.features(params, inputs, documents, ctx, (*wanted, *head))
+        taught, known, students, teachers = None, {}, None, None
+        if chunk:
+            students, logits = Readout(model.head_product(params, features["head"], ctx), model.head_logits), None
         if teacher is not None:
-            taught, known = teacher.features(teacher_params or {}, inputs, documents, wanted=loss.teacher_features)
+            given = teacher_params or {}
+            taught, known = teacher.features(given, inputs, documents, wanted=(*loss.teacher_features, *head))
+            if chunk:
+                teachers, taught = Readout(teacher.head_product(given, known["head"]), teacher.head_logits), None
         out = Outputs(logits, labels, taught, features, known)
-        total, sums = loss(out, weights)
+        total, sums = chunked(loss, out, students, teachers, chunk, weights) if students else loss(out, weights)
         return total / (labels.size * parts), sums | watch.sums(out)
 
     return objective
@@ -106,14 +115,15 @@ def make_step(
     separator: int | None = None,
     watch: Watch = NO_WATCH,
     control: Control = NO_CONTROL,
+    chunk: int = 0,
 ) -> Step:
     """The compiled step (state, teacher_params, tokens [b, t+1], progress) -> (state, sums).
 
     Sums are over the batch: `loss`, `ce`, `floor` (with a teacher), each term of the loss by its kind, `count` of
     predictions; `grad_norm` before clipping; what `watch` and `control` tell. The batch is computed in `accumulate`
-    parts whose gradients add up to that of the whole.
+    parts whose gradients add up to that of the whole; `chunk` as in `make_objective`.
     """
-    objective = make_objective(loss, teacher=teacher, parts=accumulate, separator=separator, watch=watch)
+    objective = make_objective(loss, teacher=teacher, parts=accumulate, separator=separator, watch=watch, chunk=chunk)
     gradient = jax.grad(functools.partial(objective, model), has_aux=True)
 
     def whole(

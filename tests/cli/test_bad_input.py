@@ -149,6 +149,8 @@ def test_a_setting(settings, says, train, new, cache):
         pytest.param(["--mesh", "data=two"], ["data='two' is not a whole number", "write data=4,model=2"], id="size"),
         pytest.param(["--mesh", "data=²"], ["data='²' is not a whole number"], id="superscript"),
         pytest.param(["--accumulate", "3"], ["accumulate=3 does not divide data.batch=4"], id="accumulate"),
+        pytest.param(["--loss-chunk", "-1"], ["loss_chunk=-1 must be at least 0"], id="chunk"),
+        pytest.param(["--gather", "bits"], ["bits", "values", "codes"], id="gather"),
         pytest.param(["--checkpoint-every", "0"], ["checkpoint_every=0 must be at least 1"], id="interval"),
     ],
 )

@@ -70,4 +70,6 @@ def test_what_cannot_be_a_chain_or_a_part_of_a_batch_is_refused(home):
     check(run, Execution(mesh="data=1"))
     with pytest.raises(InputError, match="cakld looks at the whole batch, which accumulate=2 computes in parts"):
         check(run, Execution(mesh="data=1", accumulate=2))
+    with pytest.raises(InputError, match="cakld looks at the whole batch, which loss_chunk=8 computes in parts"):
+        check(run, Execution(mesh="data=1", loss_chunk=8))
     check(tiny(home.corpus, loss="cakld:beta=0.5", teacher="runs/t"), Execution(mesh="data=1", accumulate=2))
