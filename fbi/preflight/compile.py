@@ -111,7 +111,7 @@ def _no_cache(compiler: str) -> Iterator[None]:
     if compiler == "cpu":
         yield
         return
-    before = jax.config.read("jax_enable_compilation_cache")
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
