@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -93,7 +93,7 @@ def compile_step(run: Run, layout: Layout, target: Target, compiler: str, unroll
         built = program(run, execution, teacher=teacher, separator=0 if run.data.mask_documents else None)
         arguments = step_arguments(run, built, teacher)
         began = time.perf_counter()
-        traced = built.step.trace(*arguments)
+        traced = cast(Any, built.step).trace(*arguments)  # it is jitted
         at_lower = time.perf_counter()
         lowered = traced.lower()
         at_compile = time.perf_counter()
@@ -111,7 +111,7 @@ def _no_cache(compiler: str) -> Iterator[None]:
     if compiler == "cpu":
         yield
         return
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield

@@ -1,6 +1,7 @@
 """Meshes from text, and arrays onto them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,7 +49,7 @@ def check(sizes: dict[str, int], model: ModelConfig, batch: int, accumulate: int
         raise InputError(f"mesh: {'; '.join(wrong)}")
 
 
-def make(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """The mesh of those sizes over the first devices (by default of this machine), with explicit axes."""
     count = sizes["data"] * sizes["model"]
     there = jax.devices() if devices is None else devices
