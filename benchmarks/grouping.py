@@ -52,8 +52,8 @@ def main() -> None:
     order = made["layers_0_1"]["mlp"]["down"]["w"]
     assert np.array_equal(np.sort(order[0, :, 0]), np.sort(down[0, :, 0]))
     print(
-        f"{ff} neurons of width {d}, experts of {options.expert}, {options.method}: {seconds:.1f} s ({used:.1f} s of CPU), peak "
-        f"memory {peak():.2f} GiB ({before:.2f} GiB before: weights and libraries)"
+        f"{ff} neurons of width {d}, experts of {options.expert}, {options.method}: {seconds:.1f} s "
+        f"({used:.1f} s of CPU), peak memory {peak():.2f} GiB ({before:.2f} GiB before: weights and libraries)"
     )
 
 
