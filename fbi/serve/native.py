@@ -21,7 +21,6 @@ from fbi.serve.packed import ACTIVATIONS, Packed
 SOURCE = Path(__file__).with_name("sparse_ffn.cc")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
 NUMBERS = {"silu": 0, "relu": 1, "relu2": 2}  # as in the source
-TARGET = "fbi_sparse_ffn"
 WEIGHTS = ("float32", "bfloat16")
 
 
@@ -61,18 +60,28 @@ def build(command: str) -> Path:
 
 
 @functools.cache
-def available() -> bool:
-    """Whether the kernel can be used: built and registered at the first call, or one line printed that says why not."""
+def target() -> str | None:
+    """The name under which XLA knows the kernel, built and registered at the first call.
+
+    Where it cannot be, None, and one line printed that says why.
+    """
     command = compiler()
     try:
         if command is None:
             raise RuntimeError("no C++ compiler found ($CXX, c++, g++, clang++)")
-        library = ctypes.CDLL(str(build(command)))
+        path = str(build(command))
+        library = ctypes.CDLL(path)
     except (RuntimeError, InputError, OSError) as error:
         print(f"fbi: sparse_ffn runs without its C++ kernel: {error}", file=sys.stderr)
-        return False
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.fbi_sparse_ffn), platform="cpu")
-    return True
+        return None
+    name = f"fbi_sparse_ffn_{content_hash(path, 8)}"  # a process may load it from two caches, XLA takes a name once
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(library.fbi_sparse_ffn), platform="cpu")
+    return name
+
+
+def available() -> bool:
+    """Whether the kernel can be used here."""
+    return target() is not None
 
 
 def takes(packed: Packed) -> bool:
@@ -94,12 +103,12 @@ def called(
     the better choice. `InputError` where there is no compiler, or weights are neither float32 nor bfloat16.
     """
     del cap
-    if not available():
+    if (name := target()) is None:
         raise InputError("method='native' needs a C++ compiler; install one or set CXX, or use method='loop'")
     if not takes(packed):
         raise InputError(f"method='native' reads {' or '.join(WEIGHTS)} weights, not {packed.down.dtype}; use 'loop'")
     gate = packed.up if packed.gate is None else packed.gate
-    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(x.shape, jnp.float32), vmap_method="sequential")
+    call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(x.shape, jnp.float32), vmap_method="sequential")
     return call(
         x.astype(jnp.float32), gate, packed.up, packed.down, active, first.reshape(1),
         activation=np.int64(NUMBERS[activation]), gated=packed.gate is not None,

@@ -23,9 +23,9 @@ def kernel_folder(tmp_path_factory):
     """The kernel is built once, in a cache of the tests' own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FBI_CACHE", str(tmp_path_factory.mktemp("cache")))
-        native.available.cache_clear()
+        native.target.cache_clear()
         yield
-    native.available.cache_clear()
+    native.target.cache_clear()
 
 
 @pytest.fixture(autouse=True)
