@@ -3,12 +3,16 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Integer, UInt8
 
 from fbi.errors import InputError
 
 MOST_LEVELS = 256  # of a code that fits a byte
 TRITS = 5  # 3^5 = 243 codes in a byte: 1.6 bits for a ternary code
+# x // 3^k of a byte is (x * factor) >> shift, exactly: a vector unit divides no integers.
+_FACTORS = np.array([[1, 171, 57, 19, 203]], np.uint16)
+_SHIFTS = np.array([[0, 9, 9, 9, 14]], np.uint16)
 
 
 def _width(levels: int) -> int:
@@ -37,8 +41,12 @@ def unpack(packed: UInt8[Array, "bytes"], shape: tuple[int, ...], levels: int) -
     """The inverse of `pack` for codes of that shape."""
     count = math.prod(shape)
     if levels == 3:
-        digits = packed[:, None] // jnp.array([[1, 3, 9, 27, 81]], jnp.uint8) % 3
-        return digits.reshape(-1)[:count].reshape(shape)
+        quotients = (packed.astype(jnp.uint16)[:, None] * _FACTORS) >> _SHIFTS
+        digits = quotients - 3 * ((quotients * 171) >> 9)
+        return digits.astype(jnp.uint8).reshape(-1)[:count].reshape(shape)
     width = _width(levels)
+    if width == 1:
+        bits = (packed[:, None] >> jnp.arange(8, dtype=jnp.uint8)[None, :]) & 1
+        return bits.reshape(-1)[:count].reshape(shape)
     planes = jnp.unpackbits(packed, count=count * width, bitorder="little").reshape(count, width)
     return jnp.sum(planes << jnp.arange(width, dtype=jnp.uint8)[None, :], -1, dtype=jnp.uint8).reshape(shape)
