@@ -113,7 +113,7 @@ def test_an_outlay_is_six_operations_a_parameter_and_token_and_the_attention():
     assert found.hours == pytest.approx(found.flops / (989e12 * 0.5 * 64) / 3600)
     assert found.state == pytest.approx(16 * found.parameters / 64, rel=1e-3)
     assert outlay(big, {"data": 128}, "h100", 0.5).memory < found.memory
-    for rows, chip, share, says in ((3, "v5p", 0.4, "not a multiple"), (4, "v4", 0.4, "valid: h100"),
+    for rows, chip, share, says in ((3, "v5p", 0.4, "not a multiple"), (4, "v3", 0.4, "valid: cpu, h100, v4"),
                                     (4, "v5p", 1.2, "share of the peak")):  # fmt: skip
         with pytest.raises(InputError, match=says):
             outlay(big, {"data": rows}, chip, share)
