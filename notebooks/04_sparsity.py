@@ -28,7 +28,7 @@ from fbi.train import Execution
 
 EXPERT, EXPERTS, STEPS = 16, 16, 60  # 32 neurons and thousands of steps in the paper
 folder = Path(tempfile.mkdtemp())
-execution = Execution(eval_every=1000, checkpoint_every=1000, log_every=2, line_every=1e9, unroll=1)
+execution = Execution(eval_every=1000, eval_windows=64, checkpoint_every=1000, log_every=2, line_every=1e9, unroll=1)
 
 # %% [markdown]
 # ## A dense model
