@@ -26,6 +26,7 @@ from fbi.errors import InputError
 from fbi.files import write_text
 from fbi.loss import Loss
 from fbi.model import Model
+from fbi.model.axes import mesh_1x1
 from fbi.policy import Policy
 from fbi.report.table import Column, Table
 from fbi.train.load import load
@@ -61,7 +62,8 @@ def aligned(model: Model, params: dict, batches: Sequence[jax.Array]) -> dict[st
         loss = lambda some, p: objective(some, p, None, tokens, jnp.float32(1.0))[0]  # noqa: E731
         return gradient_alignment(model, at, loss)
 
-    parts = [measure(params, tokens) for tokens in batches]
+    with jax.set_mesh(mesh_1x1()):
+        parts = [measure(params, tokens) for tokens in batches]
     return {site: jax.tree.map(lambda *values: sum(values), *(part[site] for part in parts)) for site in parts[0]}
 
 

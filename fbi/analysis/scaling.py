@@ -23,6 +23,7 @@ from fbi.errors import InputError, unknown
 
 Number = int | float
 FLAT = 5  # parameters of the law before the efficiencies: a, alpha, b, beta, E
+FARTHEST = 700.0  # of log eff, whose exponential is then neither 0 nor infinite
 _UNIT = 1e-3  # log residuals are counted in thousandths, so that the tolerances of the optimizer mean something
 
 
@@ -193,7 +194,7 @@ class _Data(NamedTuple):
         """The law of parameters."""
         a, alpha, b, beta, E = map(float, x[:FLAT])
         eff = {self.precisions[0]: 1.0} | dict(
-            zip(self.precisions[1:], map(float, np.exp(-x[FLAT:] / alpha)), strict=True)
+            zip(self.precisions[1:], map(float, np.exp(np.clip(-x[FLAT:] / alpha, -FARTHEST, FARTHEST))), strict=True)
         )
         A, B = math.exp(a + alpha * self.means[0]), math.exp(b + beta * self.means[1])
         r = _terms(x, self)[2]
