@@ -52,7 +52,8 @@ def table(runs: Sequence[Observation], resamples: int = 200) -> Table:
     note = (
         f"{len(runs)} runs of {', '.join(f'{n:,}' for n in sizes)} parameters in the blocks, "
         f"{runs[0].tokens / runs[0].parameters:.2f} tokens per parameter; root mean square of the log residuals "
-        f"{', '.join(f'{law.rmse:.4f}' for law in laws)}"
+        f"{', '.join(f'{law.rmse:.4f}' for law in laws)}; alpha {', '.join(f'{law.alpha:.3g}' for law in laws)} "
+        "(near 0, parameters hardly count in the law, and an efficiency, which multiplies them, is not identified)"
     )
     return Table(columns, rows, "QuEST: efficiency of a bit-width on an own ladder of sizes", [note])
 
