@@ -43,7 +43,11 @@ BASE = dataclasses.replace(
     steps=PRETRAINING,
     name="base",
 )
-TUNED = dataclasses.replace(BASE, name="run", optimizer=FINE_TUNING, start="@base", steps=STAGE)
+# every stage reads text in another order: a model knows the batches by heart that it has just seen
+TUNED = dataclasses.replace(
+    BASE, name="run", optimizer=FINE_TUNING, start="@base", steps=STAGE, data=dataclasses.replace(BASE.data, seed=1)
+)
+LATER = {"data.seed": 2}
 # An evaluation at step 0 is that after the run before: the loss before each stage is in the record.
 EXECUTION = Execution(eval_every=100_000, checkpoint_every=100_000, keep_last=1, log_every=10, unroll=1)
 
@@ -68,7 +72,7 @@ def lte(name: str, share: float, **soft: object) -> dict[str, dict]:
     shared = {**experts(), "sparsity": share, **soft}
     return {
         f"{name}-soft": {**shared, "loss": loss},
-        name: {**shared, "model.routing": "hard", "start": f"@{name}-soft-s{{seed}}"},
+        name: {**shared, **LATER, "model.routing": "hard", "start": f"@{name}-soft-s{{seed}}"},
     }
 
 
@@ -80,7 +84,7 @@ def random(share: float) -> dict:
 def deja_vu(share: float) -> dict:
     """The model adapts to the experts that a predictor chooses, trained beside the model as it was."""
     fields = experts(router="low-rank", routing="hard", top_k=top_k(share))
-    return {**fields, "start": "@deja-vu-soft-s0"}
+    return {**fields, **LATER, "start": "@deja-vu-soft-s0"}
 
 
 def wanda(share: float, pattern: str = "expert", criterion: str = "wanda") -> dict:
@@ -107,6 +111,7 @@ def runs() -> list[Run]:
         "moe-soft": {"model.activation": "relu"},
         "moe-50": {
             **experts(router="oracle", routing="hard", top_k=top_k(half), activation="relu"),
+            **LATER,
             "start": "@moe-soft-s{seed}",
         },
         "oracle-50": {**experts(router="oracle", routing="hard", top_k=top_k(half)), "steps": 2 * STAGE},

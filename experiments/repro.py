@@ -30,7 +30,7 @@ from fbi.report.sweep_plot import plot
 
 HERE = Path(__file__).parent
 EXPERIMENTS = ("fbi_llm", "quest", "bitnet", "survey")
-OTHERS = ("lte",)  # named on the command line, by themselves
+OTHERS = ("lte", "lte_20m")  # named on the command line, by themselves
 MOST_RUNS = 120
 
 

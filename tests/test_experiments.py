@@ -20,7 +20,7 @@ from fbi.train.compose import check
 from fbi.train.run import Execution
 
 HOME = Path(__file__).parents[1]
-NAMES = ("fbi_llm", "quest", "bitnet", "survey", "lte")
+NAMES = ("fbi_llm", "quest", "bitnet", "survey", "lte", "lte_20m")
 PAPERS = ("fbi_llm", "quest", "bitnet", "lte")
 MESHES = {"lte": "data=16"}  # as many rows as a step has
 EXECUTION = Execution(eval_every=0, log_every=1, mesh="data=1", unroll=1, eval_windows=8)
