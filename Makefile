@@ -38,6 +38,8 @@ test-cluster: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@if find tests -name 'test_*.py' -printf '%f\n' | sort | uniq -d | grep .; then \
+		echo 'rename all but one of the test files above: pytest tells them apart by base name alone'; exit 1; fi
 
 types: install
 	$(BIN)/pyright

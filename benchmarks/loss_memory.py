@@ -12,7 +12,7 @@ import argparse
 import jax
 import jax.numpy as jnp
 
-from fbi.loss import Loss, Outputs, Readout, chunked
+from fbi.loss import Loss, Outputs, Readout, chunked, read_out
 from fbi.model.dense import Product
 from fbi.train import mesh as meshes
 
@@ -27,7 +27,7 @@ def temporary(loss: Loss, options: argparse.Namespace, size: int) -> int:
             own, taught = (jnp.dot(*pair, out_sharding=logits) for pair in ((x, w), (known, head)))
             return loss(Outputs(own, labels, taught))[0]
         same = lambda y, product: y  # noqa: E731
-        readouts = Readout(student, same), Readout(Product(known, head, head), same)
+        readouts = Readout(student, same), read_out(Product(known, head, head), same)
         return chunked(loss, Outputs(None, labels), *readouts, size)[0]
 
     b, t, d, v = options.batch, options.window, options.dim, options.vocab

@@ -18,7 +18,12 @@ import time
 from typing import Any
 
 SHAPE = {"dim": 256, "layers": 6, "heads": 8, "head_dim": 32, "ff": 768, "vocab": 4096, "window": 256, "batch": 8}
-JAX_VARIANTS = ("fp", "fbi", "bitnet-b158")
+POLICIES = {
+    "fp": "fp",
+    "fbi": "fbi",
+    "bitnet-b158": "bitnet-b158",
+    "quest W4A4": "layers.*.{attn.q,attn.k,attn.v,attn.o,mlp.*}: w=quest:bits=4;a=quest:bits=4",
+}
 
 
 def jax_step(policy: str):
@@ -105,7 +110,7 @@ def torch_step():
 
 def worker(variant: str) -> None:
     """Builds a variant, then runs a step for each line on standard input and prints its seconds."""
-    run, compiled = torch_step() if variant == "torch fp" else jax_step(variant)
+    run, compiled = torch_step() if variant == "torch fp" else jax_step(POLICIES[variant])
     run()
     print(json.dumps(compiled), flush=True)
     for _ in sys.stdin:
@@ -124,7 +129,7 @@ def main() -> None:
     if options.worker:
         worker(options.worker)
         return
-    variants = [*JAX_VARIANTS, *(["torch fp"] if importlib.util.find_spec("torch") else [])]
+    variants = [*POLICIES, *(["torch fp"] if importlib.util.find_spec("torch") else [])]
     processes: dict[str, Any] = {}
     compile_times: dict[str, float] = {}
     for variant in variants:  # one after the other, so that compile times are not shared either

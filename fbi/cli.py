@@ -7,14 +7,18 @@ from typing import Annotated
 
 import tyro
 
-from fbi import cli_preflight, cli_report, cli_sweep, cli_tasks, console
+from fbi import cli_preflight, cli_report, cli_sweep, cli_tasks, cli_teach, console
 from fbi.errors import InputError
+from fbi.launch.hosts import Hosts
+from fbi.launch.supervise import end, enter
 from fbi.train.run import Execution
 
 RunDirectory = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
 Config = Annotated[str, tyro.conf.arg(metavar="FILE")]
 Set = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="set", metavar="FIELD=VALUE")]
 Flat = Annotated[Execution, tyro.conf.arg(name="")]
+FlatHosts = Annotated[Hosts, tyro.conf.arg(name="")]
+_arguments: list[str] = []  # of the command being run
 
 
 def _configured(directory: Path | None, config: str, assignments: Sequence[str]):
@@ -83,7 +87,13 @@ def data(config: Config = "", assignments: Set = ()) -> None:
     print(table.terminal())
 
 
-def train(directory: RunDirectory, config: Config = "", assignments: Set = (), execution: Flat = Execution()) -> None:
+def train(
+    directory: RunDirectory,
+    config: Config = "",
+    assignments: Set = (),
+    execution: Flat = Execution(),
+    hosts: FlatHosts = Hosts(),
+) -> None:
     """Train, continue, or (when done) do nothing: what the directory's config says.
 
     For example: fbi train runs/first --set policy=bitnet-b158 --set steps=200 --mesh data=1
@@ -93,59 +103,19 @@ def train(directory: RunDirectory, config: Config = "", assignments: Set = (), e
         config: A file {"format": 1, "run": {...}}, as config.json of a run directory.
         assignments: Replaces a field of the run, such as data.batch=8 or model=micro; `fbi show` prints them all.
         execution: How the run is executed; may change when it continues.
+        hosts: Of a run on several hosts, started by this command on each of them.
     """
     from fbi.train import train
 
+    place = enter(hosts, _arguments)
     run = _configured(directory, config, assignments)
     result = train(run, directory, execution)
+    if place and place.process:
+        return
     print(
         f"{run.name}: done, {result.steps} steps, validation {result.loss:.4f} nats/token, "
         f"perplexity {result.perplexity:.2f}, {result.bits_per_byte:.4f} bits/byte; {directory}"
     )
-
-
-def evaluate(
-    directory: RunDirectory, split: str = "validation", window: int = 0, stride: int = 0, batch: int = 32
-) -> None:
-    """Held-out loss, perplexity and bits per byte of a run.
-
-    For example: fbi eval runs/first --split test --window 128 --stride 64
-
-    Args:
-        directory: A run directory with a checkpoint.
-        split: Which part of its corpus: train, validation or test.
-        window: Tokens in a window; 0 takes the training window and one.
-        stride: Tokens between windows; 0 scores every token once; the window itself is FBI-LLM's protocol.
-        batch: Windows computed at once.
-    """
-    from fbi.data import prepare
-    from fbi.errors import unknown
-    from fbi.evaluate.perplexity import evaluate
-    from fbi.report.table import Column, Table
-    from fbi.train import load
-    from fbi.train.rundir import read_run
-
-    run = read_run(directory)
-    model, params, tokenizer = load(directory)
-    windows = prepare(run.data)
-    if windows.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise InputError(f"the data of {directory} now gives another tokenizer; its corpus has changed since training")
-    if split not in windows.meta["splits"]:
-        raise unknown("split", split, windows.meta["splits"])
-    window = window or run.data.window + 1
-    score = evaluate(
-        model,
-        params,
-        windows.stream(split),
-        token_bytes=windows.token_bytes,
-        window=window,
-        stride=stride or window - 1,
-        batch=batch,
-        separator=tokenizer.separator if run.data.mask_documents else None,
-    )
-    names = (("nats/token", ".4f"), ("perplexity", ".2f"), ("bits/byte", ".4f"), ("tokens", ",d"), ("windows", ",d"))
-    row = [split, score.loss, score.perplexity, score.bits_per_byte, score.tokens, score.windows]
-    print(Table([Column("split"), *(Column(*name) for name in names)], [row], title=str(directory)).terminal())
 
 
 def generate(
@@ -280,11 +250,12 @@ def models() -> None:
 
 
 COMMANDS = {
-    "demo": demo, "data": data, "train": train, "eval": evaluate, "tasks": cli_tasks.tasks, "generate": generate,
+    "demo": demo, "data": data, "train": train, "eval": cli_tasks.evaluate, "tasks": cli_tasks.tasks,
+    "generate": generate,
     "sweep": cli_sweep.sweep, "status": cli_sweep.status, "stop": cli_sweep.stop, "retry": cli_sweep.retry,
     "table": cli_report.table, "plot": cli_report.plot, "report": cli_report.report,
     "methods": methods, "policy": policy, "cost": cost, "models": models, "show": cli_report.show,
-    "preflight": cli_preflight.preflight,
+    "preflight": cli_preflight.preflight, "teach": cli_teach.teach,
 }  # fmt: skip
 
 
@@ -297,9 +268,10 @@ def _width() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, 2 for bad input, 75 when stopped by a signal."""
     about = "Train, distil, tabulate low-bit language models. For example: fbi demo"
-    return console.run(COMMANDS, about, sys.argv[1:] if arguments is None else arguments)
+    _arguments[:] = sys.argv[1:] if arguments is None else arguments
+    return console.run(COMMANDS, about, list(_arguments))
 
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main())
+    end(main)

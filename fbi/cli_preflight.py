@@ -20,6 +20,7 @@ def preflight(
     mesh: str = "",
     accumulate: int = 0,
     remat: Literal["", "none", "products", "full"] = "",
+    sequence: bool = False,
     unroll: int = 1,
     compiler: str = "auto",
     only: str = "*",
@@ -39,6 +40,7 @@ def preflight(
         mesh: Axes and sizes, such as data=32,model=2; empty: suggested.
         accumulate: Parts in which a batch is computed; 0: suggested.
         remat: What the backward pass recomputes: none, products (all but matrix products), full; empty: suggested.
+        sequence: Split the residual stream by position over the model axis.
         unroll: Layers unrolled in one turn of the scan; more take longer to compile.
         compiler: auto (the target's own where it is installed, else the CPU's), tpu, cuda, cpu.
         only: Of an experiment: glob that names one run.
@@ -61,7 +63,7 @@ def preflight(
     from fbi.preflight import report
 
     found = report.preflight(
-        run, chosen, mesh=mesh, accumulate=accumulate, remat=remat, unroll=unroll, compiler=compiler
+        run, chosen, mesh=mesh, accumulate=accumulate, remat=remat, sequence=sequence, unroll=unroll, compiler=compiler
     )
     if file:
         text = json.dumps(found, indent=1) + "\n"

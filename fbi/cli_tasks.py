@@ -1,5 +1,6 @@
-"""The command `fbi tasks`: zero-shot accuracy of a run, or of the pretrained model."""
+"""The commands `fbi eval`, held-out loss of a run, and `fbi tasks`, zero-shot accuracy, also of a pretrained model."""
 
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -7,6 +8,59 @@ import tyro
 from fbi.errors import InputError
 
 _STANDARD = "lambada,boolq,piqa,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa"
+
+
+def evaluate(
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")],
+    split: str = "validation",
+    window: int = 0,
+    stride: int = 0,
+    batch: int = 32,
+) -> None:
+    """Held-out loss, perplexity and bits per byte of a run; of a model with experts the share that is skipped.
+
+    For example: fbi eval runs/first --split test --window 128 --stride 64
+
+    Args:
+        directory: A run directory with a checkpoint.
+        split: Which part of its corpus: train, validation or test.
+        window: Tokens in a window; 0 takes the training window and one.
+        stride: Tokens between windows; 0 scores every token once; the window itself is FBI-LLM's protocol.
+        batch: Windows computed at once.
+    """
+    from fbi.analysis.routing import routing_rows
+    from fbi.data import prepare
+    from fbi.errors import unknown
+    from fbi.evaluate.perplexity import evaluate
+    from fbi.report.table import Column, Table
+    from fbi.train import load
+    from fbi.train.routing import tally_of
+    from fbi.train.rundir import read_run
+
+    run = read_run(directory)
+    model, params, tokenizer = load(directory)
+    windows = prepare(run.data)
+    if windows.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise InputError(f"the data of {directory} now gives another tokenizer; its corpus has changed since training")
+    if split not in windows.meta["splits"]:
+        raise unknown("split", split, windows.meta["splits"])
+    window = window or run.data.window + 1
+    score = evaluate(
+        model,
+        params,
+        windows.stream(split),
+        token_bytes=windows.token_bytes,
+        window=window,
+        stride=stride or window - 1,
+        batch=batch,
+        separator=tokenizer.separator if run.data.mask_documents else None,
+        tally=tally_of(run.model),
+    )
+    names = (("nats/token", ".4f"), ("perplexity", ".2f"), ("bits/byte", ".4f"), ("tokens", ",d"), ("windows", ",d"))
+    row = [split, score.loss, score.perplexity, score.bits_per_byte, score.tokens, score.windows]
+    if routed := routing_rows(score.tallied, 0):
+        names, row = (*names, ("FFN sparsity", ".4f")), [*row, routed[-1]["sparsity"]]  # the last row is of all layers
+    print(Table([Column("split"), *(Column(*name) for name in names)], [row], title=str(directory)).terminal())
 
 
 def tasks(

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 EXIT_INPUT = 2  # something was wrong with the input; one line on standard error says what
 EXIT_STOPPED = 75  # stopped by a signal, the checkpoint is on disk: the same command continues
+EXIT_LOST = 76  # a process of a run on several hosts died or hangs: the same command on every host continues
 
 
 class InputError(ValueError):

@@ -20,6 +20,7 @@ from fbi.model.config import ModelConfig, count_parameters, preset
 from fbi.train.run import Config, Run, convert
 from fbi.train.run import Execution as Execution
 
+ORDERS = 1000  # seeds of one order of the data
 Values = Sequence[Any] | Mapping[str, Any]  # of one field; a mapping gives each its label
 
 
@@ -78,6 +79,7 @@ def zipped(runs: Run | Sequence[Run], axes: Mapping[str, Values]) -> list[Run]:
 def seeds(runs: Run | Sequence[Run], count: int | Sequence[int]) -> list[Run]:
     """Every run with each seed, of its start and of its data order alike; names gain `-s0`, `-s1`, ...
 
+    The order of a run whose `data.seed` is n is that of n * 1000 + seed: runs of one n and one seed read the same text.
     Runs of one seed are pairs: they see the same batches, so that their difference has less spread than their losses.
     A teacher or start named in the sweep (`@NAME`) is the one of the same seed where its name holds `{seed}`.
     """
@@ -87,7 +89,7 @@ def seeds(runs: Run | Sequence[Run], count: int | Sequence[int]) -> list[Run]:
             run,
             name=f"{run.name}-s{seed}",
             seed=seed,
-            data=dataclasses.replace(run.data, seed=seed),
+            data=dataclasses.replace(run.data, seed=ORDERS * run.data.seed + seed),
             teacher=run.teacher.replace("{seed}", str(seed)),
             start=run.start.replace("{seed}", str(seed)),
         )

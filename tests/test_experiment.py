@@ -73,10 +73,10 @@ def test_assignments_are_made_in_order():
         ("steps", "'steps' is not FIELD=VALUE, as in --set data.batch=8"),
         (
             "step=3",
-            r"unknown field 'step' \(did you mean 'steps'\?\); valid: data, grouping, guard, loss, model, name",
+            r"unknown field 'step' \(did you mean 'steps'\?\); valid: data, final_windows, grouping, guard, loss",
         ),
         ("data.windows=3", r"did you mean 'data.window'\?\); valid: data.batch, data.corpus, data.field"),
-        ("datas.window=3", r"unknown field 'datas.window'.*valid: data, grouping, guard"),
+        ("datas.window=3", r"unknown field 'datas.window'.*valid: data, final_windows, grouping, guard"),
         ("optimizer.x.y=3", "unknown field 'optimizer.x.y'.*valid: optimizer.b1"),
         ("steps.x=3", "steps is a single value, it has no field x"),
         ("data=3", "--set data: give one of its fields: data.corpus, data.field"),
@@ -211,6 +211,8 @@ def test_seeds_change_start_and_data_order_and_pair_students_with_teachers():
     assert [(r.name, r.seed, r.data.seed, r.teacher) for r in runs] == [
         ("fp-s0", 0, 0, ""), ("fp-s1", 1, 1, ""), ("ad-s0", 0, 0, "@fp-s0"), ("ad-s1", 1, 1, "@fp-s1")]  # fmt: skip
     assert [r.seed for r in seeds(BASE, [7, 3])] == [7, 3]
+    later = seeds(variants(Run(), {"first": {}, "second": {"data.seed": 2}}), 2)
+    assert [r.data.seed for r in later] == [0, 1, 2000, 2001]
 
 
 def test_a_ladder_trains_every_size_on_as_many_tokens_per_parameter():

@@ -24,7 +24,7 @@ ROWS = [
     {"train"},
     {"experiment", "report", "demo", "launch"},
     {"preflight"},
-    {"cli", "cli_preflight", "cli_report", "cli_sweep", "cli_tasks", "console", "__main__"},
+    {"cli", "cli_preflight", "cli_report", "cli_sweep", "cli_tasks", "cli_teach", "console", "__main__"},
 ]
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
 BASE = ROWS[0]

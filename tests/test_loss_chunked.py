@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fbi.errors import InputError
-from fbi.loss import KINDS, Loss, Outputs, Readout, chunked
+from fbi.loss import KINDS, Loss, Outputs, Readout, chunked, read_out
 from fbi.model import Model, ModelConfig
 from fbi.model.dense import Product
 from fbi.policy import Policy
@@ -37,7 +37,7 @@ def cut(loss, x, w, known, head, out, size):
     full = jax.sharding.reshard(w, jax.P(None, "model"))
     student, teacher = Product(x, w, jax.lax.stop_gradient(full)), Product(known, head, head)
     same = lambda y, product: y
-    return chunked(loss, out, Readout(student, same), Readout(teacher, same), size)
+    return chunked(loss, out, Readout(student, same), read_out(teacher, same), size)
 
 
 def floats(sums):

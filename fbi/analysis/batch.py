@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -14,7 +15,7 @@ from fbi.model.config import linear_shapes
 from fbi.quant import Ctx
 
 Fields = dict[str, dict[str, Ratio]]  # site -> field -> ratio
-Measure = Callable[[Params, Any, Array, Array], Fields]  # (params, teacher_params, tokens [b, t+1], progress) -> fields
+Measure = Callable[[Params, Any, Any, Array], Fields]  # (params, teacher_params, batch, progress) -> fields
 Documents = Callable[[Int[Array, "b t"]], Int[Array, "b t"] | None]
 
 
@@ -38,22 +39,27 @@ def activations(model: Model, documents: Documents) -> Measure:
 
 
 def alignment(model: Model, objective: Callable[..., tuple[Array, Any]]) -> Measure:
-    """`gradient_alignment` of what the run minimises: `objective(model, params, teacher_params, tokens, progress)`."""
+    """`gradient_alignment` of what the run minimises: `objective(model, params, teacher_params, batch, progress)`."""
 
-    def measure(params: Params, teacher_params: Any, tokens: Array, progress: Float[Array, ""]) -> Fields:
+    def measure(params: Params, teacher_params: Any, batch: Any, progress: Float[Array, ""]) -> Fields:
         def loss(some: Model, at: Params) -> Array:
-            return objective(some, at, teacher_params, tokens, progress)[0]
+            return objective(some, at, teacher_params, batch, progress)[0]
 
         return {site: {"alignment": ratio} for site, ratio in gradient_alignment(model, params, loss).items()}
 
     return measure
 
 
+def of_tokens(measure: Measure, split: Callable[[Any], tuple[Array, Any]]) -> Measure:
+    """A measure that takes tokens, for batches of which `split` gives the tokens first."""
+    return lambda params, teacher_params, batch, progress: measure(params, teacher_params, split(batch)[0], progress)
+
+
 def on_part(measure: Measure, parts: int) -> Measure:
     """The measure of one of the parts in which the batch is accumulated: what fits in memory there, fits here."""
 
-    def first(params: Params, teacher_params: Any, tokens: Array, progress: Array) -> Fields:
-        b, t = tokens.shape
-        return measure(params, teacher_params, tokens.reshape(b // parts, parts, t)[:, 0], progress)
+    def first(params: Params, teacher_params: Any, batch: Any, progress: Array) -> Fields:
+        part = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:])[:, 0], batch)
+        return measure(params, teacher_params, part, progress)
 
     return measure if parts == 1 else first

@@ -52,9 +52,9 @@ class Diagnostics:
         self._batch = {name: measure for name, measure in (batch or {}).items() if name in self.names}
         self._before, self._after = jax.jit(self._encode), jax.jit(self._measure)
 
-    def before(self, params: Params, teacher_params: Any, tokens: Array, progress: Array) -> Any:
+    def before(self, params: Params, teacher_params: Any, batch: Any, progress: Array) -> Any:
         """What must be kept of the state that a step is about to consume: codes, and what the batch shows."""
-        return self._before(params, teacher_params, tokens, progress)
+        return self._before(params, teacher_params, batch, progress)
 
     def after(self, held: Any, params: Params, progress: Any) -> Any:
         """The measurements, on the devices, of what `before` kept and the parameters after the step."""

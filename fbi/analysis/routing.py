@@ -33,10 +33,11 @@ def near(scores: Float[Array, "*s"]) -> Bool[Array, "*s"]:
 
 
 def routing_sums(out: Outputs) -> dict[str, Float[Array, ""]]:
-    """`sparsity`, `near` and `score`: shares of experts and the mean score, layers pooled, summed over positions."""
+    """`sparsity`, `near`: shares of experts, layers pooled; `score`, `score_squared`: means; summed over positions."""
     scores = out.features[SCORES]
     total = lambda x: jnp.sum(jnp.mean(x.astype(jnp.float32), (0, -1)))  # noqa: E731
-    return {"sparsity": total(skipped(scores)), "near": total(near(scores)), "score": total(scores)}
+    found = {"sparsity": skipped(scores), "near": near(scores), "score": scores, "score_squared": scores**2}
+    return {name: total(values) for name, values in found.items()}
 
 
 WATCH = Watch((FEATURE,), routing_sums)

@@ -1,7 +1,8 @@
 """Batches by step: a pure function of (seed, step, skipped ranges), the same on any number of hosts."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -32,23 +33,20 @@ class Batches:
         batch: int,
         seed: int,
         skipped: Iterable[Range] = (),
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
         prefetch: int = 4,
     ):
-        """`batch`: rows over all hosts; this host takes the `process_index`-th part; `prefetch`: batches read ahead."""
+        """`batch`: rows over all hosts; `rows`: those that this host reads, None for all; `prefetch`: batches read
+        ahead."""
         if batch < 1:
             raise InputError(f"batch is {batch}; it must be at least 1")
-        if process_count < 1 or batch % process_count:
-            raise InputError(f"batch {batch} does not divide among {process_count} hosts; choose a multiple of it")
-        if not 0 <= process_index < process_count:
-            raise InputError(f"process {process_index} does not exist; there are {process_count}, counted from 0")
+        if rows is not None and not (len(rows) and min(rows) >= 0 and max(rows) < batch):
+            raise InputError(f"rows {list(rows)} are none, or not all of a batch of {batch}; count them from 0")
         if prefetch < 0:
             raise InputError(f"prefetch is {prefetch}; it must be at least 0")
         self.windows, self.split, self.batch, self.seed = windows, split, batch, seed
         self.skipped = merge_ranges(skipped)
-        self.rows = batch // process_count
-        self._first = process_index * self.rows
+        self.rows = range(batch) if rows is None else tuple(rows)
         self._prefetch = prefetch
         self._source = windows.source(split)
         self._length = len(self._source)
@@ -71,20 +69,20 @@ class Batches:
 
     def indices_at(self, step: int) -> list[int]:
         """The windows that this host reads at a step."""
-        first = self.position(step) * self.batch + self._first
-        return [self._window(sample) for sample in range(first, first + self.rows)]
+        first = self.position(step) * self.batch
+        return [self._window(first + row) for row in self.rows]
 
     def batch_at(self, step: int) -> Int32[np.ndarray, "b t"]:
         """This host's rows of a step's batch, each of window + 1 tokens."""
         records = self._source.__getitems__(self.indices_at(step))
-        return np.frombuffer(b"".join(records), self.windows.dtype).reshape(self.rows, -1).astype(np.int32)
+        return np.frombuffer(b"".join(records), self.windows.dtype).reshape(len(self.rows), -1).astype(np.int32)
 
-    def iterate(self, start_step: int = 0) -> Iterator[Int32[np.ndarray, "b t"]]:
-        """The batches from `start_step` on, without end, read ahead by threads: the same as from `batch_at`."""
+    def iterate(self, start_step: int = 0, read: Callable[[int], Any] | None = None) -> Iterator[Any]:
+        """What `read` (by default `batch_at`) gives for the steps from `start_step` on, without end, read ahead."""
         import grain
 
         self.position(start_step)  # a negative step is an error here, not in a thread
-        steps = grain.MapDataset.range(start_step, 1 << 62).map(self.batch_at)
+        steps = grain.MapDataset.range(start_step, 1 << 62).map(read or self.batch_at)
         options = grain.ReadOptions(num_threads=min(_THREADS, self._prefetch), prefetch_buffer_size=self._prefetch)
         return iter(steps.to_iter_dataset(options))
 

@@ -47,12 +47,17 @@ class Job:
 
 
 def execute(
-    job: Job, *, environment: Mapping[str, str] | None = None, stopping: Callable[[], bool] = lambda: False
+    job: Job,
+    *,
+    environment: Mapping[str, str] | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+    beside: contextlib.AbstractContextManager = contextlib.nullcontext(),  # noqa: B008
 ) -> Outcome:
     """Carries a job out, or continues it, and waits for its end; `busy` where another process has it.
 
     It is asked to stop, with a checkpoint, as soon as `stopping()` or a file `stop` in its directory says so, and when
-    the process that called this dies. Safe to call again at any time: what is done stays done.
+    the process that called this dies. Safe to call again at any time: what is done stays done. `beside` is entered
+    around the process, where there is one to begin.
     """
     with claimed(job.directory / CLAIM) as claim:
         if claim is None:
@@ -64,9 +69,9 @@ def execute(
         stop = lambda: stopping() or (job.directory / STOP).exists()  # noqa: E731
         if stop():
             return "stopped"
-        code = _run(
-            job, claim.fileno(), {**_compiled(), **os.environ, **(environment or {}), EXECUTOR: str(os.getpid())}, stop
-        )
+        variables = {**_compiled(), **os.environ, **(environment or {}), EXECUTOR: str(os.getpid())}
+        with beside:
+            code = _run(job, claim.fileno(), variables, stop)
         (job.directory / RUNNING).unlink(missing_ok=True)
         if (job.directory / "done.json").exists():  # whatever befell the process after it
             return "done"

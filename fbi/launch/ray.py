@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fbi.errors import InputError
-from fbi.launch.job import Job, Outcome, execute
-from fbi.launch.remote import Stops, absolute, give_up, optional, pairs
+from fbi.launch.job import Job, Outcome
+from fbi.launch.ray_hosts import beginner
+from fbi.launch.remote import Stops, absolute, carry_out, give_up, optional, pairs
 from fbi.launch.schedule import Schedule
 from fbi.report.state import alive
 
@@ -30,30 +31,34 @@ class Ray:
     address: str = ""
     """HOST:PORT of a running cluster, or auto for the one of this machine; empty: one for this sweep alone."""
     cpus: float = 1.0
-    """Cores of a run."""
+    """Cores of a process."""
     gpus: float = 0.0
-    """GPUs of a run."""
+    """GPUs of a process."""
     resources: str = ""
-    """Other resources of a run, such as TPU=4, or TPU=4;large=1."""
+    """Other resources of a process, such as TPU=4, or TPU=4;large=1."""
     at_once: int = 0
     """Most runs at a time; 0: as many as the cluster has room for."""
     retries: int = -1
     """How often a run may lose its node or its process and continue elsewhere; -1: always."""
+    hosts: int = 1
+    """Processes of a run, on as many nodes where there are; each gets the cores, GPUs and resources."""
 
     def launch(self, jobs: Sequence[Job], watch: Callable[[], None], cancelled: threading.Event) -> Schedule:
         """Carries out the jobs and returns how they ended; after `cancelled` is set the running ones stop cleanly."""
         asked = self._resources()
         ray = optional("ray", "ray")
-        schedule, stops, running = Schedule(jobs, cancelled.is_set), Stops(), {}
+        schedule, stops = Schedule(jobs, cancelled.is_set), Stops()
+        running: dict[Any, Job] = {}
+        release: dict[Any, Callable[[], None]] = {}
         variables = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         with _connected(ray, self.address):
             _check_room(ray, {"CPU": self.cpus, "GPU": self.gpus, **asked}, own=not self.address)
             needs = {"num_cpus": self.cpus, "num_gpus": self.gpus, "resources": asked, "max_retries": self.retries}
-            task = ray.remote(carry_out)
+            begin = beginner(ray, self.hosts, needs) if self.hosts > 1 else _alone(ray, needs)
             while not schedule.over:
                 while (not self.at_once or len(running) < self.at_once) and (job := schedule.take()) is not None:
-                    ref = task.options(name=job.name, **needs).remote(absolute(job), os.getcwd(), variables)
-                    running[ref] = job
+                    ref, give_back = begin(absolute(job), os.getcwd(), variables)
+                    running[ref], release[ref] = job, give_back
                 if cancelled.is_set():
                     schedule.take()  # which forgets what nobody has begun
                     stops.ask(running.values())
@@ -63,15 +68,17 @@ class Ray:
                 for ref in _ended(ray, list(running)):
                     job = running.pop(ref)
                     schedule.end(job, _outcome(ray, ref, job))
+                    release.pop(ref)()
                 watch()
         stops.clear()  # not after an error: then the processes may still be reading them
         watch()
         return schedule
 
     def _resources(self) -> dict[str, float]:
-        if self.at_once < 0 or self.retries < -1:
+        if self.at_once < 0 or self.retries < -1 or self.hosts < 1:
             raise InputError(
-                f"at_once is {self.at_once}, retries is {self.retries}; use 0 or more (retries -1: always)"
+                f"at_once is {self.at_once}, retries is {self.retries}, hosts is {self.hosts}; use 0 or more (retries "
+                "-1: always), and 1 host or more"
             )
         try:
             return {name: float(value) for name, value in pairs(self.resources, "resources").items()}
@@ -79,14 +86,13 @@ class Ray:
             raise InputError(f"resources is {self.resources!r}; give numbers, as in TPU=4;large=1") from error
 
 
-def carry_out(job: Job, folder: str, variables: Mapping[str, str]) -> Outcome:
-    """The task: a job, in the same working directory and with the same settings as on the machine that launched it.
+def _alone(ray: Any, needs: Mapping[str, Any]) -> Callable[..., tuple[Any, Callable[[], None]]]:
+    """What begins a job as one task."""
 
-    `busy` where a process still has it: one that lost its node saves its checkpoint first, or is silent for a while.
-    """
-    with contextlib.suppress(OSError):
-        os.chdir(folder)
-    return "busy" if alive(job.directory) else execute(job, environment=variables)
+    def begin(job: Job, *where: Any) -> tuple[Any, Callable[[], None]]:
+        return ray.remote(carry_out).options(name=job.name, **needs).remote(job, *where), lambda: None
+
+    return begin
 
 
 @contextlib.contextmanager

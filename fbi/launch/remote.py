@@ -1,16 +1,18 @@
 """What the launchers share that hand runs to other machines."""
 
+import contextlib
 import dataclasses
 import importlib
+import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fbi.errors import InputError
 from fbi.files import write_json, write_text
-from fbi.launch.job import Job
-from fbi.report.state import FAILED, LOG, STOP, tail
+from fbi.launch.job import Job, Outcome, execute
+from fbi.report.state import FAILED, LOG, STOP, alive, tail
 
 
 def optional(module: str, extra: str) -> Any:
@@ -30,6 +32,22 @@ def pairs(text: str, option: str) -> dict[str, str]:
             raise InputError(f"{option} is {text!r}; it must be NAME=VALUE, several joined by ;")
         found[name.strip()] = value.strip()
     return found
+
+
+def carry_out(
+    job: Job,
+    folder: str,
+    variables: Mapping[str, str],
+    beside: contextlib.AbstractContextManager = contextlib.nullcontext(),  # noqa: B008
+) -> Outcome:
+    """A job, in the same working directory and with the same settings as on the machine that launched it.
+
+    `busy` where a process still has it: one that lost its node saves its checkpoint first, or is silent for a while.
+    `beside` is entered around the process.
+    """
+    with contextlib.suppress(OSError):
+        os.chdir(folder)
+    return "busy" if alive(job.directory) else execute(job, environment=variables, beside=beside)
 
 
 def levels(jobs: Sequence[Job]) -> list[list[Job]]:

@@ -17,7 +17,7 @@ from fbi.report.state import LOG, State, state_of, tail
 from fbi.train.progress import clock
 
 STYLES = {"running": "cyan", "done": "green", "failed": "red", "stopped": "yellow"}
-HEADINGS = ("run", "state", "step", "loss", "tokens/s", "left", "")
+HEADINGS = ("run", "state", "step", "loss", "tokens/s", "goodput", "left", "")
 _ORDER = ("running", "failed", "stopped", "queued", "waiting", "done")
 
 
@@ -30,7 +30,9 @@ def table(found: dict[Job, State], rows: int = 0) -> Table:
     """A line a run and a sum of all; of many, the `rows` that matter most now (0: all)."""
     grid = Table(box=None, pad_edge=False)
     for heading in HEADINGS:
-        grid.add_column(heading, justify="right" if heading in ("step", "loss", "tokens/s", "left") else "left")
+        grid.add_column(
+            heading, justify="right" if heading in ("step", "loss", "tokens/s", "goodput", "left") else "left"
+        )
     shown = sorted(found.items(), key=lambda item: _ORDER.index(item[1].kind)) if rows else list(found.items())
     for job, state in shown[: rows or None]:
         grid.add_row(job.name, Text(state.kind, STYLES.get(state.kind, "")), *_numbers(state), Text(state.note))
@@ -58,6 +60,7 @@ def _numbers(state: State) -> list[str]:
         f"{state.step}/{state.steps}" if state.steps else "",
         "" if state.loss is None else f"{state.loss:.4f}",
         "" if state.rate is None else f"{state.rate:,.0f}",
+        "" if state.goodput is None else f"{state.goodput:.2f}",
         "" if state.left is None else clock(state.left),
     ]
 

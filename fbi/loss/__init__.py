@@ -13,6 +13,11 @@ from fbi.loss.features import similarity as similarity
 from fbi.loss.kinds import KINDS as KINDS
 from fbi.loss.kinds import Kind as Kind
 from fbi.loss.kinds import Option as Option
+from fbi.loss.lesson import Lesson as Lesson
+from fbi.loss.lesson import completed as completed
+from fbi.loss.lesson import from_rows as from_rows
+from fbi.loss.lesson import known as known
+from fbi.loss.lesson import read_out as read_out
 from fbi.loss.logits import confidence_aware_kl as confidence_aware_kl
 from fbi.loss.logits import distillation as distillation
 from fbi.loss.logits import forward_kl as forward_kl

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fbi.errors import InputError
+from fbi.loss.lesson import Lesson
 from fbi.loss.outputs import Outputs
 from fbi.loss.weighted import NO_WEIGHTS, Loss
 from fbi.model.dense import Product
@@ -33,7 +34,7 @@ class _How(NamedTuple):
     loss: Loss
     size: int
     student: Callable[[Array, Product], Array]
-    teacher: Callable[[Array, Product], Array] | None
+    teacher: Callable[[Any, Any, Array], Array] | None
 
 
 def check_chunks(loss: Loss, size: int) -> None:
@@ -51,7 +52,7 @@ def chunked(
     loss: Loss,
     out: Outputs,
     student: Readout,
-    teacher: Readout | None,
+    teacher: Lesson | None,
     size: int,
     weights: Mapping[str, Float[Array, ""]] = NO_WEIGHTS,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
@@ -62,8 +63,8 @@ def chunked(
     check_chunks(loss, size)
     over_logits, over_features = loss.split
     how = _How(over_logits, size, student.logits, teacher.logits if teacher else None)
-    known = teacher.product if teacher else None
-    sums = cast(dict[str, Array], _summed(how, student.product, known, out.labels, dict(weights)))
+    given = (teacher.fixed, teacher.pieces) if teacher else None
+    sums = cast(dict[str, Array], _summed(how, student.product, given, out.labels, dict(weights)))
     if over_features.terms:
         found = {name: jnp.sum(value) for name, value in over_features.positions(out, weights).items()}
         sums = sums | found | {"loss": sums["loss"] + found["loss"]}
@@ -118,7 +119,7 @@ class _Cut(NamedTuple):
 def _run(
     how: _How,
     student: Product,
-    teacher: Product | None,
+    teacher: tuple[Any, Any] | None,
     labels: Int[Array, "b t"],
     weights: Mapping[str, Array],
     *,
@@ -128,26 +129,23 @@ def _run(
     cut = _Cut.of(labels, how.size)
     split = jax.typeof(student.full).sharding.spec[1]
     logits, tokens = jax.P(cut.rows, None, split), jax.P(cut.rows, None, None)
-    taught = None if teacher is None else (teacher.x, teacher.memo)
+    fixed, taught = teacher or (None, None)
     pieces = jax.tree.map(cut, ((student.x, student.memo), taught, labels)), cut.counted()
 
-    def values(y: Array, after: Any, memo: Any, known: Array | None, labels: Array, counted: Array) -> Any:
+    def values(y: Array, after: Any, memo: Any, taught: Any, labels: Array, counted: Array) -> Any:
         own = how.student(y, student._replace(after=after, memo=memo))
+        known = None if how.teacher is None else how.teacher(fixed, taught, jax.lax.stop_gradient(own))
         found = how.loss.positions(Outputs(own, labels, known), weights)
         sums = {name: jnp.sum(jnp.where(counted, value, 0), 1) for name, value in found.items()}
         return jnp.sum(sums["loss"]), sums
 
     def chunk(total: tuple[Array, Any] | None, piece: Any) -> tuple[Any, Any]:
         ((x, memo), taught, labels), counted = piece
-        known = None
-        if teacher is not None and how.teacher is not None:
-            z = jnp.dot(taught[0], teacher.full, out_sharding=logits)
-            known = how.teacher(z, teacher._replace(memo=taught[1]))
         y = jnp.dot(x, student.full, out_sharding=logits)
         counted = jnp.broadcast_to(counted, labels.shape)
         if total is None:
-            return None, values(y, student.after, memo, known, labels, counted)[1]
-        own = lambda y, after, memo: values(y, after, memo, known, labels, counted)  # noqa: E731
+            return None, values(y, student.after, memo, taught, labels, counted)[1]
+        own = lambda y, after, memo: values(y, after, memo, taught, labels, counted)  # noqa: E731
         _, back, sums = jax.vjp(own, y, student.after, memo, has_aux=True)
         dy, dafter, dmemo = back(jnp.ones((), sums["loss"].dtype))
         dx = jax.lax.dot_general(dy, student.full, (((2,), (1,)), ((), ())), out_sharding=tokens)
@@ -175,14 +173,14 @@ def _total(sums: dict[str, Float[Array, "chunks shards"]]) -> dict[str, Float[Ar
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed(
-    how: _How, student: Product, teacher: Product | None, labels: Int[Array, "b t"], weights: dict[str, Array]
+    how: _How, student: Product, teacher: tuple | None, labels: Int[Array, "b t"], weights: dict[str, Array]
 ) -> dict[str, Float[Array, ""]]:
     """The sums of `Loss.positions`; the derivative is that of `loss` alone."""
     return _run(how, student, teacher, labels, weights, gradient=False)[0]
 
 
 def _forward(
-    how: _How, student: Product, teacher: Product | None, labels: Array, weights: dict[str, Array]
+    how: _How, student: Product, teacher: tuple | None, labels: Array, weights: dict[str, Array]
 ) -> tuple[dict[str, Array], Any]:
     return _run(how, student, teacher, labels, weights, gradient=True)
 

@@ -23,7 +23,7 @@ Weigh = Callable[[Array, Array, Any], Array]  # (scores, allowed, what it needs)
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer for every position so far, [b, s, g, k]."""
+    """Keys and values of one layer for every position so far, [b, g, s, k]: a step of decoding moves none of them."""
 
     k: Array
     v: Array
@@ -48,13 +48,27 @@ def rotate(x: Float[Array, "b t h k"], positions: Int[Array, " t"], base: float)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def scores(q: Float[Array, "t h k"], k: Float[Array, "s g k"]) -> Float[Array, "g r t s"]:
+def _written(cache: Array, new: Array, start: Int[Array, ""]) -> Array:
+    """The cache [b, g, s, k] with `new` from `start` on, in place.
+
+    Within a condition, which always holds: XLA fuses a bare update into each of its readers, for which it copies the
+    cache once each (measured: 37 ms for the attention of a token in two layers of LLaMA-7B instead of 3).
+    """
+    update = lambda: jax.lax.dynamic_update_slice_in_dim(cache, new, start, 2)  # noqa: E731
+    return jax.lax.cond(start >= 0, update, lambda: cache)
+
+
+def scores(q: Float[Array, "t h k"], k: Float[Array, "g s k"]) -> Float[Array, "g r t s"]:
     """Scaled products of queries and keys, by group and query head of the group."""
     t, h, width = q.shape
-    g = k.shape[1]
+    g = k.shape[0]
     queries = q.reshape(t, g, h // g, width).transpose(1, 2, 0, 3)
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    return jnp.einsum("grtk,gks->grts", queries, k.transpose(1, 2, 0), preferred_element_type=wide) / width**0.5
+    if t == 1:  # takes the keys where they lie; many queries are faster, on a CPU, with keys that were turned before
+        product = jnp.einsum("grk,gsk->grs", queries[:, :, 0], k, preferred_element_type=wide)[:, :, None]
+    else:
+        product = jnp.einsum("grtk,gks->grts", queries, k.transpose(0, 2, 1), preferred_element_type=wide)
+    return product / width**0.5
 
 
 def _exponentials(scores: Float[Array, "g r t s"], allowed: Bool[Array, "#g #r t s"]) -> tuple[Array, Array]:
@@ -72,29 +86,29 @@ def softmax_weights(scores: Float[Array, "g r t s"], allowed: Bool[Array, "#g #r
 
 def _one_sequence(
     q: Float[Array, "t h k"],
-    k: Float[Array, "s g k"],
-    v: Float[Array, "s g k"],
+    k: Float[Array, "g s k"],
+    v: Float[Array, "g s k"],
     allowed: Bool[Array, "t s"],
     weigh: Weigh | None,
     needs: Any,
 ) -> Float[Array, "t h k"]:
     """Attention of one sequence, heads first; a plain softmax is normalised after the value product."""
     t, h, width = q.shape
-    values, products = v.transpose(1, 0, 2), scores(q, k)
+    products = scores(q, k)
     wide = products.dtype
     if weigh is None:
         weights, total = _exponentials(products, allowed[None, None])
     else:
         weights = weigh(products, allowed[None, None], needs)
         total = jnp.ones_like(weights[..., :1])
-    mixed = jnp.einsum("grts,gsk->grtk", weights.astype(q.dtype), values, preferred_element_type=wide) / total
+    mixed = jnp.einsum("grts,gsk->grtk", weights.astype(q.dtype), v, preferred_element_type=wide) / total
     return mixed.transpose(2, 0, 1, 3).reshape(t, h, width).astype(q.dtype)
 
 
 def attention(
     q: Float[Array, "b t h k"],
-    k: Float[Array, "b s g k"],
-    v: Float[Array, "b s g k"],
+    k: Float[Array, "b g s k"],
+    v: Float[Array, "b g s k"],
     where: Where,
     weigh: Weigh | None = None,
     needs: Any = (),
@@ -161,12 +175,13 @@ class Attention(nnx.Module):
         q, k = (rotate(y, where.queries, self.rope_base) for y in (q, k))
         positioned = ctx._replace(positions=where.queries)
         k, v = (self.kv(y, for_site(positioned, name)) for y, name in ((k, "attn.k.cache"), (v, "attn.v.cache")))
-        if cache is not None:
-            start = where.queries[0]
-            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
-                    for old, new in zip(cache, (k, v), strict=True))  # fmt: skip
-            cache = Cache(k, v)
         taps.tap("attn.qk", (q, k))
+        k, v = (y.transpose(0, 2, 1, 3) for y in (k, v))
+        if cache is not None:
+            k, v = (
+                _written(old, new.astype(old.dtype), where.queries[0]) for old, new in zip(cache, (k, v), strict=True)
+            )
+            cache = Cache(k, v)
         weigh, needs = self._weigh(for_site(ctx, "attn.probs"))
         mixed = attention(q, k, v, where, weigh, needs)
         mixed = jnp.reshape(mixed, (b, t, mixed.shape[2] * self.head_dim), out_sharding=hidden)

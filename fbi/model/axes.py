@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 FSDP = "data"  # the mesh axis over which a weight in use is gathered
 
@@ -17,13 +18,22 @@ class Axes:
     heads: str | None = "model"
     ff: str | None = "model"
     vocab: str | None = "model"
+    sequence: str | None = None
+    """What splits the positions of the residual stream between layers, which see whole sequences: `model` for the
+    sequence parallelism of Korthikanti et al., arXiv 2205.05198, or nothing."""
     gather: str = "values"
     """How FSDP gathers a weight, by its name in `fbi.model.gather`."""
+    product: str = "values"
+    """From what the blocks' products are formed, by its name in `fbi.model.codes`."""
 
     @property
     def stream(self) -> P:
         """Residual stream [b, t, d]."""
-        return P(self.batch, None, None)
+        return P(self.batch, self.sequence, None)
+
+    def whole(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """The stream as layers read it: all positions of a sequence on each of its devices."""
+        return x if self.sequence is None else jax.sharding.reshard(x, P(self.batch, None, None))
 
     def hidden(self, axis: str | None) -> P:
         """An activation [b, t, x] whose last axis is split over `axis`."""

@@ -58,7 +58,7 @@ def _reducer(methods: set[Method], probabilities: bool) -> Callable[[Any], dict[
         if probabilities:
             q, k = (jax.sharding.reshard(y, jax.P(*[None] * 4))[:SEQUENCES] for y in x)
             allowed = jnp.tri(q.shape[1], dtype=bool)[None, None]
-            x = jax.vmap(lambda q, k: softmax_weights(attention_scores(q, k), allowed))(q, k)
+            x = jax.vmap(lambda q, k: softmax_weights(attention_scores(q, k), allowed))(q, k.swapaxes(1, 2))
             x = x.reshape(-1, *x.shape[2:])
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         return {str(m): m.build("activation").init(x) for m in methods}

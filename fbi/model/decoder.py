@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from fbi.model import taps
 from fbi.model.attention import Attention, Cache, Where
 from fbi.model.axes import Axes, gathered, whole_input
+from fbi.model.codes import FORMS
 from fbi.model.config import ModelConfig, linear_shapes
 from fbi.model.dense import Product, multiplied
 from fbi.model.gather import GATHERS
@@ -85,8 +86,10 @@ class Block(nnx.Module):
                 rngs=rngs,
                 site=site,
                 gather=GATHERS[axes.gather],
+                form=FORMS[axes.product],
             )
 
+        self.axes = axes
         self.attn_norm, self.mlp_norm = norm(c.dim, ("pre", "sub")), norm(c.dim, ("pre", "sub"))
         self.attn = Attention(
             linear,
@@ -103,9 +106,12 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t d"], where: Where, cache: Cache | None, ctx: Ctx
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
-        mixed, cache = self.attn(self.attn_norm(x) if self.attn_norm else x, where, cache, ctx)
+        whole = self.axes.whole
+        mixed, cache = self.attn(whole(self.attn_norm(x) if self.attn_norm else x), where, cache, ctx)
         x = x + mixed
-        return taps.tap("out", x + self.mlp(self.mlp_norm(x) if self.mlp_norm else x, ctx)), cache
+        x = x + self.mlp(whole(self.mlp_norm(x) if self.mlp_norm else x), ctx)
+        taps.tap("out", whole(x))
+        return x, cache
 
 
 class Decoder(nnx.Module):
@@ -194,7 +200,7 @@ class Decoder(nnx.Module):
                 updated[name] = cache
             pieces.append(found)
         features = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
-        x = self.norm(x)
+        x = self.axes.whole(self.norm(x))
         if "head" in wanted:
             features["head"] = wanted["head"](x)
         return self.project(x, table, ctx), updated or None, features

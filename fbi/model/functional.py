@@ -179,13 +179,13 @@ class Model:
         return _compiled(self._head)
 
     def empty_cache(self, batch: int, length: int) -> dict[str, Cache]:
-        """Room for `length` positions of keys and values, by segment, [layers, b, s, g, k]."""
+        """Room for `length` positions of keys and values, by segment, [layers, b, g, s, k]."""
         c = self.config
         out: dict[str, Cache] = {}
         with _some_mesh():
             for start, stop in segments(self.bound, c.layers, self.blocks.stacked):
-                shape = (stop - start, batch, length, c.kv_heads, c.head_dim)
-                spec = jax.P(None, *self.axes.per_head)
+                shape = (stop - start, batch, c.kv_heads, length, c.head_dim)
+                spec = jax.P(None, self.axes.batch, self.axes.heads, None, None)
                 k, v = (jnp.zeros(shape, c.dtype, out_sharding=spec) for _ in "kv")
                 out[f"layers_{start}_{stop}"] = Cache(k, v)
         return out
@@ -199,7 +199,7 @@ class Model:
     def _extend(
         self, params: Params, tokens: Array, caches: dict[str, Cache], position: Array | int
     ) -> tuple[Array, dict[str, Cache]]:
-        length = jax.tree.leaves(caches)[0].shape[2]
+        length = jax.tree.leaves(caches)[0].shape[3]
         where = Where(position + jnp.arange(tokens.shape[1]), jnp.arange(length))
         logits, updated, _ = nnx.merge(self._structure, params)(tokens, where, caches)
         assert updated is not None  # caches went in

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from fbi.model import taps
 from fbi.model.axes import whole_input
+from fbi.model.codes import Form, Seen, of_values
 from fbi.model.dense import Product, multiplied
 from fbi.model.gather import Gather, by_value
 from fbi.model.learned import held, leaves_of
@@ -32,9 +33,9 @@ class Linear(nnx.Module):
     """y = post(quantize(pre(norm(x))) @ quantize(w)), without a bias. The latent w [in, out] keeps its own type.
 
     Each operand is quantized at least in float32 and cast once to the type of x; the quantized, cast weight is what
-    FSDP gathers, in the way of `gather`, to be laid out as `spec`. `pre` and `post` are what the weight's method adds
-    around the product. What is learned beside w lies in `q` (the weight's quantizer), `a` (the activation's) and `r`
-    (around the product).
+    FSDP gathers, in the way of `gather`, to be laid out as `spec`. `form` says from what the product is formed. `pre`
+    and `post` are what the weight's method adds around the product. What is learned beside w lies in `q` (the weight's
+    quantizer), `a` (the activation's) and `r` (around the product).
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         site: str = "",
         gather: Gather = by_value,
+        form: Form = of_values,
     ):
-        self.site, self.methods, self.norm, self.spec, self.gather = site, methods, norm, spec, gather
+        self.site, self.methods, self.norm, self.spec = site, methods, norm, spec
+        self.gather, self.form = gather, form
         weight, activation = methods.build()
         key, rest = rngs.params(), whole_input(spec) if weight.whole else spec
         w = std * jax.random.normal(key, shape, dtype, out_sharding=rest)
@@ -81,6 +84,8 @@ class Linear(nnx.Module):
         spec = jax.typeof(x).sharding.spec
         whole = jax.P(*spec[:-1], None) if activation.whole else spec
         x, memo = weight.around.pre(x, around)
-        x_hat = activation.apply(jax.sharding.reshard(x, whole), leaves_of(self, "a"), for_site(ctx, "a"))
-        x_hat = after(jax.sharding.reshard(x_hat.astype(x.dtype), spec))
-        return Product(x_hat, w_hat, full, around, memo)
+        seen = jax.sharding.reshard(x, whole), leaves_of(self, "a"), for_site(ctx, "a")
+        x_hat = after(jax.sharding.reshard(activation.apply(*seen).astype(x.dtype), spec))
+        form = self.form if after is taps.identity else of_values  # what is left of the levels, only `after` knows
+        product = Product(x_hat, w_hat, full, around, memo)
+        return form(product, Seen(activation, *seen), Seen(weight, *latent), self.spec)

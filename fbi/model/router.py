@@ -73,7 +73,7 @@ class LowRank(Router):
     def logits(self, x: Float[Array, "b t d"], out: jax.P, ctx: Ctx) -> Float[Array, "b t n"]:
         """Before the bias."""
         del ctx
-        return _dot(_dot(x, self.thin[...], self.axes.stream), self.weight[...], out)
+        return _dot(_dot(x, self.thin[...], jax.P(self.axes.batch, None, None)), self.weight[...], out)
 
 
 class Noisy(Router):

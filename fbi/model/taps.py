@@ -6,7 +6,7 @@ the value at once and what it returns is kept; elsewhere `tap` returns its argum
     attn.q        the input of that linear layer, after the norm inside it and before its quantizer
     attn.q.out    its output
     attn.kv       values (keys come before them, and are overwritten) as the cache keeps them, [b, t, g, k]
-    attn.qk       queries and keys after the rotary positions, a pair of [b, t, h, k] and [b, s, g, k]
+    attn.qk       queries and keys after the rotary positions, a pair of [b, t, h, k] and [b, t, g, k]
     mlp.router    the scores of the experts of a routed MLP, in (0, 1), those of experts in use above 0.5, [b, t, n]
     mlp.router.logits   what its router made them of, any number
     out           the residual stream after a block

@@ -76,6 +76,7 @@ def adamw(config: OptimizerConfig, steps: int) -> tuple[optax.GradientTransforma
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(weight_decay(config, steps), mask=lambda p: decay_mask(p, config.decay)),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
+        *((optax.masked(optax.scale(config.router_lr), mask(is_router)),) if config.router_lr != 1 else ()),
     )
 
 

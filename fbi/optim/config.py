@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from fbi.errors import InputError
+from fbi.fields import later
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,8 @@ class OptimizerConfig:
     freeze: Literal["", "scales", "zeros"] = ""
     """What gets no update: nothing, the learned leaves of quantizers (scales, shifts, clips), or zeros of the latent
     matrices of the blocks, so that pruned weights stay away."""
+    router_lr: float = later(1.0)
+    """The learning rate of routers as a multiple of the others': they begin where the rest is pretrained."""
 
 
 def check(config: OptimizerConfig) -> None:
@@ -51,7 +54,7 @@ def check(config: OptimizerConfig) -> None:
     for name, low, high in (
         ("lr", 0, None), ("second_lr", 0, None), ("warmup", 0, 1e9), ("final", 0, 1), ("decay_share", 0, 1),
         ("b1", 0, 1), ("b2", 0, 1), ("weight_decay", 0, None), ("clip", 0, None),
-        ("bop_gamma", 0, 1), ("bop_threshold", 0, None), ("latent_clip", 0, None),
+        ("bop_gamma", 0, 1), ("bop_threshold", 0, None), ("latent_clip", 0, None), ("router_lr", 0, None),
     ):  # fmt: skip
         value = getattr(config, name)
         if not value >= low or (high is not None and value > high):

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import jax
 
+from fbi.data.table import Table, is_table
 from fbi.errors import InputError
 from fbi.model import Model
 from fbi.model.config import PRESETS, ModelConfig
@@ -23,8 +24,14 @@ from fbi.train.compose import check
 from fbi.train.program import program, step_arguments
 from fbi.train.run import Run
 from fbi.train.rundir import read_run
+from fbi.train.teacher import Tabled
 
 LARGE = 64 << 20  # bytes from which on an array that every device holds is worth a warning
+_NEEDED = (  # as compilers say what a program needed
+    r"Used ([\d.]+)([KMGT]?) of",
+    r"required for HLO temporaries \(([\d.]+)([KMGT]?)\)",
+    r"allocat\w+ ([\d.]+)([KMGT]?)i?B?",
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -62,9 +69,10 @@ class Compiled:
 def teacher_of(run: Run) -> tuple[ModelConfig, str] | None:
     """Shape and policy of the teacher: of its run directory, or of the preset that it is named after; None without one.
 
+    A table of what a teacher said is none: no parameters of it are in memory.
     A preset computes in the student's type. `InputError` where the name is neither.
     """
-    if not run.teacher:
+    if not run.teacher or is_table(run.teacher):
         return None
     directory = Path(run.teacher)
     if (directory / "config.json").exists():
@@ -90,8 +98,10 @@ def compile_step(run: Run, layout: Layout, target: Target, compiler: str, unroll
     mesh = meshes.make(meshes.parse(layout.mesh, len(there)), there)
     with jax.set_mesh(mesh), _no_cache(compiler):
         teacher = Model(taught[0], Policy.parse(taught[1])) if taught else None
-        built = program(run, execution, teacher=teacher, separator=0 if run.data.mask_documents else None)
-        arguments = step_arguments(run, built, teacher)
+        table = Table(run.teacher).layout if is_table(run.teacher) else None
+        who = Tabled() if table else teacher
+        built = program(run, execution, teacher=who, separator=0 if run.data.mask_documents else None)
+        arguments = step_arguments(run, built, teacher, table)
         began = time.perf_counter()
         traced = cast(Any, built.step).trace(*arguments)  # it is jitted
         at_lower = time.perf_counter()
@@ -122,7 +132,8 @@ def _no_cache(compiler: str) -> Iterator[None]:
 def _refused(text: str, layout: Layout, target: Target) -> InputError:
     """The compiler's error as one of ours: too large where it says so, otherwise its first line."""
     if "RESOURCE_EXHAUSTED" in text:
-        used = re.search(r"Used ([\d.]+)([KMGT]?) of", text) or re.search(r"allocat\w+ ([\d.]+)([KMGT]?)i?B?", text)
+        found = (re.search(pattern, text) for pattern in _NEEDED)
+        used = next(filter(None, found), None)
         needed = float(used[1]) * _UNITS[used[2]] if used else math.nan
         return TooLarge(f"{layout.mesh} on {target.name}: {text.splitlines()[0]}", needed)
     return InputError(f"the compiler of {target.name} refused {layout.mesh}: {text.strip().splitlines()[0]}")

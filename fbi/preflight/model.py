@@ -28,6 +28,7 @@ class Layout(NamedTuple):
     model: int
     accumulate: int = 1
     remat: Remat = "full"
+    sequence: bool = False
 
     @property
     def mesh(self) -> str:
@@ -41,13 +42,15 @@ class Layout(NamedTuple):
             accumulate=self.accumulate,
             remat=self.remat != "none",
             remat_keeps="products" if self.remat == "products" else "nothing",
+            sequence=self.sequence,
             unroll=unroll,
         )
 
     def flags(self, unroll: int = 1) -> str:
         """The flags of `fbi train` for this layout."""
         remat = {"none": "", "full": " --remat True", "products": " --remat True --remat-keeps products"}[self.remat]
-        return f"--mesh {self.mesh} --accumulate {self.accumulate}{remat} --unroll {unroll}"
+        split = " --sequence True" if self.sequence else ""
+        return f"--mesh {self.mesh} --accumulate {self.accumulate}{remat}{split} --unroll {unroll}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +118,11 @@ def _macs(config: ModelConfig, tokens: int) -> tuple[int, int]:
 def estimate(run: Run, layout: Layout, target: Target, teacher: ModelConfig | None = None) -> Estimate:
     """The estimate for `run` in `layout` on `target`; `teacher` is the teacher's shape where the run has one.
 
-    Per layer and token, in bytes of the compute type: the stream and norms 4 dim, heads and MLP over the model axis;
-    scores of the attention in float32 and their exponentials (2 x heads x window). Logits in float32, their gradient in
-    the compute type. Without remat every layer keeps all that but one of the two squares, and its gathered weights;
-    with `products` the results of its products; with `full` its input alone.
+    Per layer and token, in bytes of the compute type: the stream and norms 4 dim, heads and MLP over the model axis, as
+    is the stream (not what norms make of it) with `sequence`; scores of the attention in float32 and their exponentials
+    (2 x heads x window). Logits in float32, their gradient in the compute type. Without remat every layer keeps all
+    that, of the two squares one, its copy in the compute type and a mask, and its gathered weights; with `products` the
+    results of its products; with `full` its input alone.
     """
     c, d, m = run.model, layout.data, layout.model
     size = {"float32": 4, "bfloat16": 2, "float64": 8}[c.dtype]
@@ -131,11 +135,12 @@ def estimate(run: Run, layout: Layout, target: Target, teacher: ModelConfig | No
     heads = (2 * c.heads + 2 * c.kv_heads) * c.head_dim / m
     gates = (3 if c.gated else 2) * c.ff / m
     scores = 2 * wide * c.heads / m * run.data.window
-    live = size * (4 * c.dim + heads + gates) + scores
+    stream = c.dim / (m if layout.sequence else 1)
+    live = size * (2 * c.dim + 2 * stream + heads + gates) + scores
     kept = {
         "full": 0.0,
-        "products": size * (heads + (gates - c.ff / m) + 2 * c.dim),
-        "none": live - scores / 2,
+        "products": size * (heads + (gates - c.ff / m) + 2 * stream),
+        "none": live - scores / 2 + (size + 1) * c.heads / m * run.data.window,
     }[layout.remat]
     weights = size * counts.linear / m if layout.remat == "none" else 0.0
     logits = (wide + size) * c.vocab / m
@@ -150,7 +155,7 @@ def estimate(run: Run, layout: Layout, target: Target, teacher: ModelConfig | No
         gathered += 2 * size * known.linear / teacher.layers / m + size * (known.embedding + known.head / m)
         taught = known.total
     at_once = max(live, logits)  # the backward pass of the layers begins when that of the head has ended
-    temporaries = tokens * (c.layers * (size * c.dim + kept) + at_once) + weights + gradients + gathered
+    temporaries = tokens * (c.layers * (size * stream + kept) + at_once) + weights + gradients + gathered
 
     forward, attention, of_teacher = step_flops(run, teacher)
     head = 2.0 * run.data.batch * run.data.window * c.vocab * c.dim  # which remat does not repeat

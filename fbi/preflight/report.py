@@ -1,6 +1,7 @@
 """What a preflight found: numbers as plain data, shown as tables or JSON; and what to do where a run does not fit."""
 
 import importlib.metadata
+import math
 from typing import Any
 
 from fbi.errors import InputError
@@ -13,6 +14,7 @@ from fbi.train import mesh as meshes
 from fbi.train.run import Run
 
 GIB = 2**30
+TRIES = 4  # programs compiled at most before a run is said not to fit
 HOPELESS = 1.5  # times the memory, from which on an estimate is believed without asking the compiler
 SAID = {
     "tpu": "the TPU compiler (libtpu {}), on a description of the slice",
@@ -22,9 +24,11 @@ SAID = {
 
 
 def wanted(
-    run: Run, target: Target, mesh: str = "", accumulate: int = 0, remat: Remat | str = ""
+    run: Run, target: Target, mesh: str = "", accumulate: int = 0, remat: Remat | str = "", sequence: bool = False
 ) -> tuple[list[Estimate], bool]:
     """Layouts that leave what is given as it is, the best first; and whether the mesh was given.
+
+    `sequence` splits the residual stream by position in those of a model axis that divides the window.
 
     `InputError` for a mesh that needs more devices than the target has, or that does not divide what it splits.
     """
@@ -48,6 +52,10 @@ def wanted(
             f"accumulate={accumulate}: no mesh of {target.name} divides data.batch={run.data.batch} / accumulate; use "
             f"one of {sorted({o.accumulate for o in options})[:8]}"
         )
+    if sequence:
+        chosen = [o._replace(sequence=True) for o in chosen if run.data.window % o.model == 0]
+        if not chosen:
+            raise InputError(f"sequence: the model axis of mesh={mesh!r} does not divide data.window={run.data.window}")
     return ranked(run, target, teacher, chosen), bool(mesh)
 
 
@@ -58,27 +66,39 @@ def preflight(
     mesh: str = "",
     accumulate: int = 0,
     remat: Remat | str = "",
+    sequence: bool = False,
     unroll: int = 1,
     compiler: str = "auto",
 ) -> dict[str, Any]:
     """Compiles the step of `run` for `target` in the best layout that leaves what is given as it is; see `found`.
+
+    Where the compiled program does not fit although its estimate did, the next that should is compiled, a few times.
 
     Bytes are of one device, seconds of a step at the roofline (arithmetic, memory, links, the slowest of them).
     `InputError` for input that cannot be, for a compiler that is not installed, and for a run that does not fit, which
     says by how much and what would.
     """
     used = compiler_for(target, compiler)
-    best = wanted(run, target, mesh, accumulate, remat)[0][0]
-    limit = target.chip.limit
+    options = wanted(run, target, mesh, accumulate, remat, sequence)[0]
+    limit, grown, needed = target.chip.limit, 1.0, math.nan
+    best = options[0]
     if best.memory > HOPELESS * limit:
         raise _unfit(run, target, best, best.memory, "estimated")
-    try:
-        compiled = compile_step(run, best.layout, target, used, unroll)
-    except TooLarge as error:
-        raise _unfit(run, target, best, error.needed, "compiled") from error
-    if compiled.peak > limit:
-        raise _unfit(run, target, best, float(compiled.peak), "compiled")
-    return found(run, target, best, compiled, used, unroll)
+    for left in reversed(range(TRIES)):
+        try:
+            compiled = compile_step(run, best.layout, target, used, unroll)
+            needed = float(compiled.peak)
+            if needed <= limit:
+                return found(run, target, best, compiled, used, unroll)
+        except TooLarge as error:
+            needed = error.needed
+        # what this program needed beyond its estimate, at least a tenth, others may need as well
+        grown = max(1.1 * grown, 1.05 * needed / best.memory) if needed == needed else 1.3 * grown
+        smaller = [e for e in options if e.memory * grown <= limit and e.memory < best.memory]
+        if not smaller or not left:
+            break
+        best = smaller[0]
+    raise _unfit(run, target, best, needed, "compiled")
 
 
 def found(run: Run, target: Target, best: Estimate, compiled: Compiled, compiler: str, unroll: int) -> dict[str, Any]:

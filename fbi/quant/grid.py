@@ -49,9 +49,14 @@ class Grid:
         return self.codes(units)
 
     @property
+    def levels(self) -> tuple[float, ...]:
+        """The level of each code, as numbers of Python."""
+        raise NotImplementedError
+
+    @property
     def reach(self) -> tuple[float, float]:
         """The lowest and the highest level."""
-        raise NotImplementedError
+        return self.levels[0], self.levels[-1]
 
     @property
     def radius(self) -> float:
@@ -96,7 +101,7 @@ class Binary(Grid):
         return 2 * codes + 1
 
     @property
-    def reach(self) -> tuple[float, float]:
+    def levels(self) -> tuple[float, ...]:
         """-1 and +1."""
         return -1.0, 1.0
 
@@ -120,9 +125,9 @@ class Integers(Grid):
         return codes
 
     @property
-    def reach(self) -> tuple[float, float]:
-        """Low and high."""
-        return float(self.low), float(self.high)
+    def levels(self) -> tuple[float, ...]:
+        """The codes."""
+        return tuple(map(float, range(self.low, self.high + 1)))
 
     @property
     def radius(self) -> float:
@@ -149,9 +154,9 @@ class HalfIntegers(Grid):
         return codes + 0.5
 
     @property
-    def reach(self) -> tuple[float, float]:
-        """Low + 1/2 and high + 1/2."""
-        return self.low + 0.5, self.high + 0.5
+    def levels(self) -> tuple[float, ...]:
+        """The codes and 1/2."""
+        return tuple(code + 0.5 for code in range(self.low, self.high + 1))
 
     @property
     def radius(self) -> float:
@@ -183,9 +188,9 @@ class Levels(Grid):
         return value
 
     @property
-    def reach(self) -> tuple[float, float]:
-        """The first and the last entry."""
-        return self.table[0], self.table[-1]
+    def levels(self) -> tuple[float, ...]:
+        """The table."""
+        return self.table
 
     @property
     def radius(self) -> float:
@@ -232,9 +237,9 @@ class Stochastic(Grid):
         return self.base.level(codes)
 
     @property
-    def reach(self) -> tuple[float, float]:
-        """That of the base."""
-        return self.base.reach
+    def levels(self) -> tuple[float, ...]:
+        """Those of the base."""
+        return self.base.levels
 
     @property
     def radius(self) -> float:

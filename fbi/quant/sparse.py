@@ -68,6 +68,11 @@ class PairSparse(Grid):
         return jnp.where(codes < self.base.low, jnp.zeros((), codes.dtype), self.base.level(codes))
 
     @property
+    def levels(self) -> tuple[float, ...]:
+        """Zero, then those of the base."""
+        return (0.0, *self.base.levels)
+
+    @property
     def reach(self) -> tuple[float, float]:
         """That of the base."""
         return self.base.reach
@@ -139,9 +144,9 @@ class TopShare(Grid):
         return self.base.level(codes)
 
     @property
-    def reach(self) -> tuple[float, float]:
-        """That of the base."""
-        return self.base.reach
+    def levels(self) -> tuple[float, ...]:
+        """Those of the base."""
+        return self.base.levels
 
     @property
     def radius(self) -> float:

@@ -66,16 +66,20 @@ class Sample:
 def measure(record: RunRecord, metric: str) -> float | None:
     """One number of a run; None where it has none (yet).
 
-    `loss`, `perplexity`, `bits_per_byte`: at the end, on the whole validation split. `summary.FIELD`, `config.A.B`:
+    `loss`, `perplexity`, `bits_per_byte`: at the end, on the whole validation split. `goodput`: useful step time / wall
+    time of all attempts (`fbi.report.runs.goodput`). `summary.FIELD`, `config.A.B`:
     what was written at the start. `KIND.FIELD`: the mean of a field over the rows of that kind in `metrics.jsonl`,
     of sites those of all together; `KIND.FIELD@GLOB`: over the sites that match; `...:last`: of the last step alone.
     """
     if metric in _FINAL:
         return number((record.done or {}).get(metric))
+    if metric == "goodput":
+        return record.goodput
     kind, _, rest = metric.partition(".")
     if not rest:
-        raise InputError(f"unknown metric {metric!r}; valid: {', '.join(_FINAL)}, summary.FIELD, config.FIELD, "
-                         "KIND.FIELD, KIND.FIELD@SITES, each of the last two also with :last")  # fmt: skip
+        raise InputError(f"unknown metric {metric!r}; valid: {', '.join(_FINAL)}, goodput, "
+                         "summary.FIELD, config.FIELD, KIND.FIELD, KIND.FIELD@SITES, "
+                         "each of the last two also with :last")  # fmt: skip
     if kind in ("summary", "config"):
         value: object = record.summary if kind == "summary" else record.config
         for name in rest.split("."):

@@ -53,6 +53,11 @@ class RunRecord:
         return [row for row in self.rows.get("eval", ()) if row.get("split", "validation") == split]
 
     @property
+    def goodput(self) -> float | None:
+        """Useful step time / wall time of all attempts, see `goodput`; None where the record does not say."""
+        return goodput(row for rows in self.rows.values() for row in rows)
+
+    @property
     def unigram_entropy(self) -> float | None:
         """Nats per token of the unigram model; None where the summary does not say."""
         return number(self.summary.get("unigram_entropy"))
@@ -63,6 +68,17 @@ def number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def goodput(rows: Iterable[Row]) -> float | None:
+    """Useful step time / wall time, 0 to 1, as of the last of these rows that has both; None where none has.
+
+    `time_useful_s`: seconds of the steps that the run's present state is made of. `time_wall_s`: seconds of all
+    attempts, with start-up, compiling, evaluation, waiting for checkpoints, and steps that were done again.
+    """
+    found = [(wall, useful) for row in rows if (wall := number(row.get("time_wall_s")))
+             and (useful := number(row.get("time_useful_s"))) is not None]  # fmt: skip
+    return max(found)[1] / max(found)[0] if found else None
 
 
 def points(rows: Sequence[Row], field: str) -> tuple[list[int], list[float]]:

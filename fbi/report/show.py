@@ -110,6 +110,8 @@ def _progress(record: RunRecord) -> str:
     times = points(record.train, "time_step_s")[1]
     if times:
         text += f", {statistics.median(times):.3g} s/step"
+    if record.goodput is not None:
+        text += f", goodput {record.goodput:.2f}"
     if record.done is not None:
         return text + ", finished"
     if times and record.steps:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from fbi.errors import InputError
 from fbi.files import read_json
-from fbi.report.runs import Row, number
+from fbi.report.runs import Row, goodput, number
 
 Kind = Literal["queued", "waiting", "running", "stopped", "done", "failed"]
 CLAIM, RUNNING, FAILED, STOP, LOG = ".claim", "running.json", "failed.json", "stop", "log.txt"
@@ -37,6 +37,8 @@ class State:
     pace: float | None = None
     """Seconds a step, evaluations and checkpoints left out."""
     note: str = ""
+    goodput: float | None = None
+    """Useful step time / wall time, see `fbi.report.runs.goodput`."""
 
     @property
     def left(self) -> float | None:
@@ -46,9 +48,14 @@ class State:
 
 def state_of(directory: Path, needs: tuple[Path, ...] = ()) -> State:
     """The state of the run in `directory`, which waits for the runs in `needs`."""
+    last = _last_rows(directory / "metrics.jsonl")
+    return dataclasses.replace(_state_of(directory, needs, last), goodput=goodput(last))
+
+
+def _state_of(directory: Path, needs: tuple[Path, ...], found: Sequence[Row]) -> State:
     steps = _steps(directory)
     done = _quiet(directory / "done.json")
-    rows = [row for row in _last_rows(directory / "metrics.jsonl") if row.get("kind") == "train"]
+    rows = [row for row in found if row.get("kind") == "train"]
     rate, pace = _median(rows, "time_tokens_per_s"), _median(rows, "time_step_s")
     if done is not None:
         return State("done", int(done.get("steps", steps)), steps, number(done.get("loss")), rate, pace)

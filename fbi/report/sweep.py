@@ -117,17 +117,18 @@ def claims_table(results: Results) -> Table:
 
 
 def overview(results: Results) -> Table:
-    """A row a configuration: final losses over its seeds, size, directories."""
+    """A row a configuration: final losses and goodput over its seeds, size, directories."""
     groups: dict[str, list[Found]] = {}
     for run in results.found:
         groups.setdefault(run.group, []).append(run)
     rows = []
     for name, runs in groups.items():
         losses = [sample(runs, metric).text(form) for metric, form in
-                  (("loss", ".4f"), ("perplexity", ".2f"), ("bits_per_byte", ".4f"))]  # fmt: skip
+                  (("loss", ".4f"), ("perplexity", ".2f"), ("bits_per_byte", ".4f"), ("goodput", ".3f"))]  # fmt: skip
         bits = measure(runs[0].record, "summary.stored_bits_per_weight")
         policy = str(runs[0].record.config.get("policy", "-"))
         rows.append([name, policy, bits, *losses, ", ".join(run.record.directory.name for run in runs)])
     columns = [Column("runs"), Column("policy"), Column("stored bits/weight", ".3f"), Column("nats/token"),
-               Column("perplexity"), Column("bits/byte"), Column("directories")]  # fmt: skip
-    return Table(columns, rows, results.sweep.title, ["mean ± standard deviation over seeds (number of seeds)"])
+               Column("perplexity"), Column("bits/byte"), Column("goodput"), Column("directories")]  # fmt: skip
+    notes = ["mean ± standard deviation over seeds (number of seeds); goodput is useful step time / wall time"]
+    return Table(columns, rows, results.sweep.title, notes)

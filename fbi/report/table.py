@@ -134,12 +134,13 @@ RUN_COLUMNS = (
     Column("perplexity", ".2f"),
     Column("bits/byte", ".4f"),
     Column("train tokens/s", ".0f"),
+    Column("goodput", ".3f"),
     Column("directory"),
 )
 
 
 def run_table(records: Sequence[RunRecord], title: str = "") -> Table:
-    """A row a run: what it is, what it costs, its last validation, its median speed, and where it lies."""
+    """A row a run: what it is, what it costs, its last validation, median speed, goodput, and where it lies."""
     notes = [f"unigram entropy: {_entropies(records)} nats/token"] if _entropies(records) else []
     if going := [f"{r.name} (step {r.step} of {r.steps})" for r in records if r.done is None]:
         notes.append(f"not finished: {', '.join(going)}")
@@ -163,6 +164,7 @@ def _run_row(record: RunRecord) -> list[Cell]:
         number(last.get("perplexity")),
         number(last.get("bits_per_byte")),
         statistics.median(speeds) if speeds else None,
+        record.goodput,
         str(record.directory),
     ]
 

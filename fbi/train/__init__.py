@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def train(run: Run, directory: str | Path, execution: Execution = Execution()) -> "Result":
     """Carries out a run in a directory, or goes on with it, or returns its result where it is done.
 
-    Raises `InputError` for anything wrong with the input, `Stopped` after SIGTERM or SIGINT with a checkpoint on disk.
+    Raises `InputError` for anything wrong with the input, `Stopped` after a signal with a checkpoint on disk: SIGTERM,
+    SIGINT, SIGUSR1 or SIGUSR2.
     """
     from fbi.train import compose
 

@@ -1,4 +1,9 @@
-"""Checkpoints: Orbax, asynchronous, verified on load, readable on any mesh."""
+"""Checkpoints: Orbax, asynchronous, verified on load, readable on any mesh.
+
+A step pays for a copy of the state into the memory of its hosts, which the devices make in turn with their steps, and
+for the sums that verify it; Orbax's work, the sums' way to the host and the disk are a thread's, one checkpoint at a
+time. A process that dies amid that leaves the checkpoint before, for a folder gets its name when it is whole.
+"""
 
 import contextlib
 import copy
@@ -19,6 +24,8 @@ from orbax.checkpoint import v1 as ocp
 
 from fbi.errors import InputError
 from fbi.files import content_hash
+from fbi.train import hosts
+from fbi.train.background import Background, snapshot
 from fbi.train.step import State
 
 training = ocp.training
@@ -52,7 +59,11 @@ def _sums(tree: Any) -> list[Array]:
 
 def fingerprint(tree: Any) -> str:
     """A short hash of every bit of a tree of arrays, independent of how they are sharded."""
-    return content_hash([int(s) for s in jax.device_get(_sums(tree))])
+    return _name(_sums(tree))
+
+
+def _name(sums: list[Array]) -> str:
+    return content_hash([int(s) for s in jax.device_get(sums)])
 
 
 class Damaged(Exception):
@@ -73,6 +84,7 @@ class Checkpoints:
             "cleanup_tmp_directories": True,
         }
         self._writer: training.Checkpointer | None = None  # reading leaves alone what another process is writing
+        self._background = Background()
 
     def _open(self) -> training.Checkpointer:
         if self._writer is None:
@@ -80,16 +92,39 @@ class Checkpoints:
         return self._writer
 
     def save(self, step: int, state: State, host: dict[str, Any]) -> None:
-        """Starts writing; returns once the arguments may be changed. A step that is there already is left as it is."""
-        if step in self.steps:
+        """Starts writing; returns once the arguments may be changed. A step that is there already is left as it is.
+
+        Where the checkpoint before is still being written, waits for that: a disk that is too slow holds training up,
+        and memory holds one copy of the state.
+        """
+        self.wait()
+        if step in hosts.led(lambda: self.steps):
             return
-        bits = {name: fingerprint(tree) for name, tree in state.items()}
-        kinds = {name: content_hash(_kinds(tree)) for name, tree in state.items()}
-        content = {"host": copy.deepcopy(host), "kinds": kinds, "bits": bits}
+        sums = {name: _sums(tree) for name, tree in state.items()}  # begun, and read in the thread
+        content = {"host": copy.deepcopy(host), "kinds": {name: content_hash(_kinds(t)) for name, t in state.items()}}
+
+        def begin(held: State) -> Any:
+            whole = content | {"bits": {name: _name(found) for name, found in sums.items()}}
+            noted: Any = whole | {"digest": content_hash(whole)}
+            return self._open().save_checkpointables_async(step, dict(held), custom_metadata=noted, force=True)
+
+        if jax.process_count() > 1:  # processes meet in Orbax by collectives, which must not cross those of a step
+            with self._writing():
+                begun = begin(state)
+            self._background.start(begun.result)
+        else:
+            held = snapshot(state)
+            self._background.start(lambda: begin(held).result())
+
+    @property
+    def took(self) -> float | None:
+        """Seconds from `save` until the last checkpoint that was written was whole on disk; None before the first."""
+        return self._background.took
+
+    def wait(self) -> None:
+        """Returns when nothing is being written; an `InputError` where the disk refused it."""
         with self._writing():
-            self._open().save_checkpointables_async(
-                step, dict(state), custom_metadata=content | {"digest": content_hash(content)}, force=True
-            )
+            self._background.wait()
 
     @property
     def steps(self) -> list[int]:
@@ -100,9 +135,12 @@ class Checkpoints:
 
     def close(self) -> None:
         """Finishes writing and lets go of the folder."""
-        if self._writer:
-            with self._writing():
-                self._writer.close()
+        with self._writing():
+            try:
+                self._background.close()
+            finally:
+                if self._writer:
+                    self._writer.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -126,21 +164,31 @@ class Checkpoints:
         `damaged` beside this one; the one before is taken. Other shapes or types than those of `abstract` are an
         `InputError`: that is another model, not damage.
         """
-        if self._writer:
-            with self._writing():
-                self._writer.wait()
+        self.wait()
         found = None
-        for step in reversed(self.steps):
+        for step in reversed(hosts.led(lambda: self.steps)):
             try:
                 if found is None:
-                    found = (step, *self.read(step, abstract))
-                else:
-                    self._describe(step)  # Orbax refuses a folder with any description that it cannot read
+                    found = (step, *self._everywhere(lambda step=step: self.read(step, abstract)))
+                else:  # Orbax refuses a folder with any description that it cannot read
+                    self._everywhere(lambda step=step: self._describe(step))
             except Damaged as damage:
                 then = "" if found else ", going back to the one before"
-                say(f"checkpoint {step} is damaged ({damage}); moved to {self._set_aside(step)}{then}")
+                place = hosts.led(lambda step=step: str(self._set_aside(step)))
+                say(f"checkpoint {step} is damaged ({damage}); moved to {place}{then}")
         self._open().reload()
         return found
+
+    def _everywhere(self, read: Callable[[], Result]) -> Result:
+        """What `read` gives, or `Damaged` where it is that for any process of the run: all must go on from one step."""
+        problem, found = "", None
+        try:
+            found = read()
+        except Damaged as damage:
+            problem = str(damage)
+        if problem := next(filter(None, hosts.told(problem)), ""):
+            raise Damaged(problem)
+        return cast(Result, found)
 
     def read(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
         """The parts of a checkpoint that `abstract` names, and its host data.

@@ -1,18 +1,16 @@
 """A run from its configuration: checks, data, teacher, mesh, loop, result."""
 
+import contextlib
 import dataclasses
 import functools
-import re
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from fbi import optim
 from fbi.analysis.active import token_bits
-from fbi.analysis.batch import activations, alignment, on_part
+from fbi.analysis.batch import activations, alignment, of_tokens, on_part
 from fbi.analysis.diagnostics import Diagnostics
 from fbi.analysis.names import parse as diagnostic_names
 from fbi.analysis.routing import routing_rows
@@ -22,21 +20,23 @@ from fbi.errors import InputError
 from fbi.evaluate.perplexity import evaluate
 from fbi.files import read_json, write_json
 from fbi.loss import Loss, check_chunks
-from fbi.model import Model, Params
+from fbi.model import Model
 from fbi.model.config import check as check_model
-from fbi.model.decoder import segments
-from fbi.optim.groups import is_router, is_scale
 from fbi.policy import NONE, Methods
+from fbi.train import hosts, pruning, routing, sinks
 from fbi.train import mesh as meshes
-from fbi.train import pruning, routing, sinks
 from fbi.train.checkpoint import Checkpoints
-from fbi.train.load import build_model, check_teacher, load_teacher, starting_params
+from fbi.train.goodput import Clock
+from fbi.train.load import build_model, check_source, open_source, starting_params
 from fbi.train.loop import Loop
+from fbi.train.profile import Profile
+from fbi.train.profile import parse as parse_profile
 from fbi.train.program import program
-from fbi.train.progress import Reporter
-from fbi.train.run import Execution, Run
-from fbi.train.rundir import Metrics, begin, environment, located, locked, take_back
+from fbi.train.progress import Quiet, Reporter
+from fbi.train.run import Execution, Run, to_json
+from fbi.train.rundir import Metrics, NoMetrics, begin, environment, located, locked, take_back
 from fbi.train.step import State, begun, documents_of, make_objective
+from fbi.train.summary import scale_rows, summarize
 
 STEPS = 1 << 31  # the optimizer counts them in 32 bits
 SEEDS = 1 << 32  # jax takes a seed modulo this: beyond it two seeds would be one
@@ -78,6 +78,7 @@ def check(run: Run, execution: Execution = Execution(), devices: int = 0) -> Non
     for name, value, least in (
         ("steps", run.steps, 1),
         ("guard.retries", run.guard.retries, 0),
+        ("final_windows", run.final_windows, 0),
         ("accumulate", execution.accumulate, 1),
         ("unroll", execution.unroll, 1),
         ("checkpoint_every", execution.checkpoint_every, 1),
@@ -94,6 +95,9 @@ def check(run: Run, execution: Execution = Execution(), devices: int = 0) -> Non
         raise InputError(f"steps={run.steps} must be below {STEPS}")
     if not 0 <= run.seed < SEEDS:
         raise InputError(f"seed={run.seed} must be at least 0 and below {SEEDS}")
+    if execution.grace < 0:
+        raise InputError(f"grace={execution.grace} must be at least 0 seconds")
+    parse_profile(execution.profile, run.steps)
     if run.guard.spike <= 0:
         raise InputError(f"guard.spike={run.guard.spike} must be above 0")
     if run.data.window > run.model.context:
@@ -102,6 +106,8 @@ def check(run: Run, execution: Execution = Execution(), devices: int = 0) -> Non
     sinks.names(execution.sinks)
     sizes = meshes.parse(execution.mesh, devices or jax.device_count())
     meshes.check(sizes, run.model, run.data.batch, execution.accumulate)
+    if execution.sequence and run.data.window % sizes["model"]:
+        raise InputError(f"mesh: model={sizes['model']} does not divide data.window={run.data.window} (sequence)")
 
 
 def check_signs(model: Model) -> None:
@@ -118,20 +124,27 @@ def train(run: Run, directory: str | Path, execution: Execution = Execution()) -
     """`fbi.train.train`, which this implements."""
     directory = Path(directory)
     check(run, execution)
-    with locked(directory):
-        begun = begin(directory, run)
-        if (directory / "done.json").exists():
+    hosts.same("command", {"run": to_json(run), "execution": to_json(execution)})
+    with contextlib.ExitStack() as lock:  # of process 0, whose word the others take
+
+        def start() -> dict[str, bool]:
+            lock.enter_context(locked(directory))
+            return {"begun": begin(directory, run), "done": (directory / "done.json").exists()}
+
+        state = hosts.led(start)
+        if state["done"]:
             return _result(directory)
         try:
-            return _train(run, directory, execution)
+            with Clock(directory / ".clock" if jax.process_index() == 0 else None) as clock:  # as the record
+                return _train(run, directory, execution, clock)
         except InputError:
-            if begun:
+            if state["begun"] and hosts.leads():
                 take_back(directory)
             raise
 
 
 def _result(directory: Path) -> Result:
-    done = read_json(directory / "done.json")
+    done = hosts.led(lambda: read_json(directory / "done.json"))
     try:
         return Result(directory, done["steps"], done["loss"], done["perplexity"], done["bits_per_byte"])
     except (KeyError, TypeError) as error:
@@ -140,9 +153,13 @@ def _result(directory: Path) -> Result:
         ) from error
 
 
-def _prepare(run: Run, execution: Execution) -> Windows:
+def _reporter(*args: Any, **options: Any) -> Reporter:
+    return (Reporter if hosts.leads() else Quiet)(*args, **options)
+
+
+def prepared(run: Run, line_every: float) -> Windows:
     """The data, with progress; the tokenizer must fit the model."""
-    with Reporter("data", 1, unit="document", line_every=execution.line_every) as reporter:
+    with _reporter("data", 1, unit="document", line_every=line_every) as reporter:
 
         def progress(done: int, total: int, unit: str) -> None:
             reporter.unit, reporter.total = unit, total
@@ -157,27 +174,26 @@ def _prepare(run: Run, execution: Execution) -> Windows:
     return windows
 
 
-def _train(run: Run, directory: Path, execution: Execution) -> Result:
+def _train(run: Run, directory: Path, execution: Execution, clock: Clock) -> Result:
     sizes, given = meshes.parse(execution.mesh, jax.device_count()), located(run, directory)
-    if run.teacher:
-        meshes.check(sizes, check_teacher(given).model, run.data.batch, execution.accumulate, "teacher")
-    windows = _prepare(run, execution)
+    check_source(given, sizes, execution.accumulate)
+    windows = hosts.first(lambda: prepared(run, execution.line_every))
+    hosts.same("corpus", dict(windows.meta))
     schedule = optim.learning_rate(run.optimizer, run.steps)
     mesh = meshes.make(sizes)
     separator = windows.tokenizer.separator if run.data.mask_documents else None
     with jax.set_mesh(mesh):
-        teacher, teacher_params = load_teacher(given, windows.tokenizer) if run.teacher else (None, None)
-        write_json(directory / "env.json", environment(execution))
-        windows.tokenizer.save(directory / "tokenizer.json")
+        teacher, teacher_params, paired = open_source(given, windows, directory)
         checkpoints = Checkpoints(
             directory / "checkpoints", keep_last=execution.keep_last, keep_every=execution.keep_every
         )
         stream = windows.stream("validation")
-        put = lambda step: meshes.put_batch(batches(()).batch_at(step), mesh)[:, :-1]  # noqa: E731
+        size = run.data.batch
+        put = lambda step: meshes.put_batch(batches(()).batch_at(step), mesh, size)[:, :-1]  # noqa: E731
         held = functools.partial(routing.held, windows, run.data.batch, mesh)
         built = program(run, execution, teacher=teacher, separator=separator, held=held)
         model, routed = built.model, built.routed
-        write_json(directory / "summary.json", summarize(model, windows))
+        hosts.led(lambda: _describe(directory, model, windows, execution))
         pruned = pruning.told(run)
 
         def fresh() -> State:
@@ -190,8 +206,7 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
                 batch=run.data.batch,
                 seed=run.data.seed,
                 skipped=skipped,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                rows=meshes.local_rows(run.data.batch, mesh),
             )
 
         def rows(state: State, step: int, last: bool) -> list[dict[str, Any]]:
@@ -204,7 +219,7 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
                 stride=run.data.window,
                 batch=run.data.batch,
                 separator=separator,
-                limit=0 if last else execution.eval_windows,
+                limit=run.final_windows if last else execution.eval_windows,
                 tally=routed.tally,
             )
             found = {"loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
@@ -221,15 +236,17 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
         if execution.diagnose_every:
             objective = make_objective(built.loss, teacher=teacher, separator=separator, chunk=execution.loss_chunk)
             measures = {
-                "activations": activations(model, functools.partial(documents_of, separator=separator)),
+                "activations": of_tokens(
+                    activations(model, functools.partial(documents_of, separator=separator)), teacher.split
+                ),
                 "alignment": alignment(model, objective),
             }
             by_batch = {name: on_part(measure, execution.accumulate) for name, measure in measures.items()}
             diagnostics = Diagnostics(model, execution.diagnostics, by_batch)
         try:
             with (
-                Reporter(run.name, run.steps, line_every=execution.line_every) as reporter,
-                sinks.opened(execution.sinks, run, directory) as opened,
+                _reporter(run.name, run.steps, line_every=execution.line_every) as reporter,
+                sinks.opened(execution.sinks if hosts.leads() else "", run, directory) as opened,
             ):
                 final: list[dict[str, Any]] = []
                 state = Loop(
@@ -240,13 +257,15 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
                     fresh=fresh,
                     abstract=built.state,
                     teacher_params=teacher_params,
-                    batches=batches,
+                    batches=lambda skipped: paired(batches(skipped)),
                     evaluate=lambda *at: final.__setitem__(slice(None), rows(*at)) or final,
                     learning_rate=lambda step: float(schedule(step)),
                     checkpoints=checkpoints,
-                    metrics=Metrics(directory / "metrics.jsonl", opened),
+                    metrics=(Metrics if hosts.leads() else NoMetrics)(directory / "metrics.jsonl", opened),
                     reporter=reporter,
                     diagnostics=diagnostics,
+                    clock=clock,
+                    profile=Profile(parse_profile(execution.profile, run.steps), directory / "profile", reporter.say),
                     finish=routed.finish,
                 ).train()
                 final = final or rows(state, run.steps, True)  # a run stopped between its last checkpoint and here
@@ -254,52 +273,11 @@ def _train(run: Run, directory: Path, execution: Execution) -> Result:
             checkpoints.close()
     kept = ("loss", "perplexity", "bits_per_byte", "sparsity", "active_bits_per_weight")
     best = {name: final[0][name] for name in kept if name in final[0]}
-    write_json(directory / "done.json", {"steps": run.steps, **best, "hash": run.hash})
+    hosts.led(lambda: write_json(directory / "done.json", {"steps": run.steps, **best, "hash": run.hash}))
     return _result(directory)
 
 
-def summarize(model: Model, windows: Windows) -> dict[str, Any]:
-    """What a model costs and what its text is like: parameters, bits of the block matrices, bytes of a file."""
-    report = model.policy.report(model)
-    blocks = [row.bits for row in report.rows if row.bits and row.site.startswith("layers.")]
-    weights = sum(bits.weights for bits in blocks)
-    flat = jax.tree_util.tree_flatten_with_path(model.abstract())[0]
-    wide = sum(leaf.size for path, leaf in flat if path[-1].key == "scale" or is_router(path))
-    return {
-        "parameters": model.parameter_count(),
-        "paper_bits_per_weight": sum(bits.paper for bits in blocks) / weights,
-        "stored_bits_per_weight": 8 * sum(bits.stored for bits in blocks) / weights,
-        "stored_megabytes": (report.stored_bytes + 4 * wide) / 1e6,
-        "unigram_entropy": windows.meta["unigram_entropy"],
-        "vocab": model.config.vocab,
-        "train_tokens": windows.meta["splits"]["train"]["tokens"],
-    }
-
-
-@jax.jit
-def _statistics(leaf: jax.Array) -> jax.Array:
-    flat = leaf.reshape(leaf.shape[0], -1)
-    return jnp.stack([flat.mean(1), flat.std(1), flat.min(1), flat.max(1)], 1)
-
-
-def scale_rows(model: Model, params: Params, step: int) -> list[dict[str, Any]]:
-    """A row for each site with learned scales: mean, std, min and max of each of its leaves."""
-    rows: dict[str, dict[str, Any]] = {}
-    for start, stop in segments(model.bound, model.config.layers):
-        flat, _ = jax.tree_util.tree_flatten_with_path(params[f"layers_{start}_{stop}"])
-        for path, leaf in flat:
-            names = [entry.key for entry in path]
-            if not is_scale(path):
-                continue
-            operand = {"q": "", "a": "activation.", "r": "around."}[names[-2]]
-            whole = jax.sharding.reshard(leaf, jax.P(*[None] * leaf.ndim))
-            for layer, numbers in enumerate(np.asarray(_statistics(whole)).tolist(), start):
-                site = f"layers.{layer}.{'.'.join(names[:-2])}"
-                row = rows.setdefault(site, {"kind": "scales", "step": step, "site": site})
-                row[operand + names[-1]] = dict(zip(("mean", "std", "min", "max"), numbers, strict=True))
-    return [rows[site] for site in sorted(rows, key=_by_layer)]
-
-
-def _by_layer(site: str) -> tuple[int, str]:
-    found = re.match(r"layers\.(\d+)\.(.*)", site)
-    return (int(found[1]), found[2]) if found else (-1, site)
+def _describe(directory: Path, model: Model, windows: Windows, execution: Execution) -> None:
+    write_json(directory / "env.json", environment(execution))
+    windows.tokenizer.save(directory / "tokenizer.json")
+    write_json(directory / "summary.json", summarize(model, windows))

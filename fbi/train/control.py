@@ -23,7 +23,8 @@ from fbi.optim.groups import is_router, names_of
 KEY = "control"  # of the state of training
 MEMORY = 0.9  # of the running mean of the sparsity of batches
 GAIN, RATE = 0.05, 0.02  # log eta: its move in a step for each unit of sparsity that is missing, and the most
-BIAS_GAIN, BIAS_RATE = 2.0, 0.25  # biases, in units of the logits: the same
+BIAS_GAIN, BIAS_RATE = 2.0, 0.5  # biases, in units of the spread of the logits: the same
+LEAST_SPREAD = 1e-3  # of the scores
 RANGE = 100.0  # eta stays within this factor of its start
 
 Kept = dict[str, Any]
@@ -73,8 +74,15 @@ def shifted(params: Params, amount: Float[Array, ""] | float) -> Params:
 
 
 def _missing(sums: dict[str, Array], count: Array, target: float) -> Float[Array, ""]:
-    """What a batch, whose `sparsity` is among its sums, asks to be taken from the biases."""
-    return jnp.clip(BIAS_GAIN * (target - sums["sparsity"] / count), -BIAS_RATE, BIAS_RATE)
+    """What a batch, whose `sparsity` is among its sums, asks to be taken from the biases.
+
+    In units of the spread of the logits, for which four times that of the scores stands (at the threshold a score moves
+    by a quarter of its logit): at 0.5 about what Newton's step would be, if they were normal. A fixed unit
+    overshoots where routers are all of one mind: in a pretrained model every expert went on and off from step to step.
+    """
+    sparsity, mean, square = (sums[name] / count for name in ("sparsity", "score", "score_squared"))
+    spread = jnp.minimum(4 * jnp.sqrt(jnp.maximum(square - mean**2, LEAST_SPREAD**2)), 1.0)
+    return spread * jnp.clip(BIAS_GAIN * (target - sparsity), -BIAS_RATE, BIAS_RATE)
 
 
 def bias_control(target: float) -> Control:
@@ -93,7 +101,7 @@ def bias_control(target: float) -> Control:
 def sparsity_control(target: float, start: float) -> Control:
     """Moves the weight of `efficiency`, from `start`, and the biases of the routers until `sparsity` is `target`.
 
-    `sparsity` is among the sums of a step; the biases follow each batch: clip(BIAS_GAIN (target - sparsity)) is taken.
+    `sparsity`, `score` and `score_squared` are among the sums of a step; the biases follow each batch.
     """
 
     def init() -> Kept:

@@ -8,9 +8,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
+from fbi.data.table import Table, is_table
 from fbi.data.tokenizer import Tokenizer
+from fbi.data.windows import Windows
 from fbi.errors import InputError
 from fbi.lazy import make_callable
+from fbi.loss import Loss
 from fbi.model import Model, Params
 from fbi.model.axes import Axes, mesh_in_use
 from fbi.model.calibrate import calibrate, learned_sites
@@ -19,10 +22,12 @@ from fbi.model.convert_gguf import smollm2
 from fbi.model.convert_hf import load_safetensors
 from fbi.model.pruning import Pruning, norms, prune
 from fbi.policy import Methods, Policy
+from fbi.train import mesh as meshes
 from fbi.train.checkpoint import load_params
 from fbi.train.run import Execution, Run
 from fbi.train.rundir import read_run
 from fbi.train.step import on_mesh
+from fbi.train.teacher import Live, Source, check_table, open_table
 
 PRETRAINED = "smollm2-135m"
 
@@ -40,7 +45,7 @@ def build_model(run: Run, execution: Execution = Execution()) -> Model:
     return Model(
         run.model,
         Policy.parse(run.policy),
-        axes=Axes(gather=execution.gather),
+        axes=Axes(sequence="model" if execution.sequence else None, gather=execution.gather, product=execution.product),
         remat=execution.remat,
         remat_keeps=execution.remat_keeps,
         unroll=execution.unroll,
@@ -102,6 +107,24 @@ def load_teacher(run: Run, tokenizer: Tokenizer) -> tuple[Model, Params]:
             f"{tokenizer.fingerprint}); use its {directory / 'tokenizer.json'} as data.tokenizer"
         )
     return loaded.model, loaded.params
+
+
+def check_source(run: Run, sizes: dict[str, int], accumulate: int) -> None:
+    """Refuses a teacher, a run or a table, that cannot teach this run on a mesh of these sizes; loads nothing."""
+    if is_table(run.teacher):
+        check_table(run.teacher, Loss.parse(run.loss))
+    elif run.teacher:
+        meshes.check(sizes, check_teacher(run).model, run.data.batch, accumulate, "teacher")
+
+
+def open_source(run: Run, windows: Windows, directory: Path) -> Source:
+    """The teacher of a run in `directory`, whichever it is; an `InputError` where it is one of other data."""
+    if is_table(run.teacher):
+        return open_table(Table(run.teacher), windows, run.data.mask_documents, run.model.vocab, directory)
+    if not run.teacher:
+        return Source()
+    model, params = load_teacher(run, windows.tokenizer)
+    return Source(Live(model), params)
 
 
 def starting_params(run: Run, target: Model, tokens: Callable[[], Int[Array, "b t"]]) -> Params:

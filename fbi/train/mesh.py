@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float
 
 from fbi.errors import InputError, unknown
 from fbi.model.config import ModelConfig
@@ -53,9 +53,38 @@ def make(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> jax.sha
     """The mesh of those sizes over the first devices (by default of this machine), with explicit axes."""
     count = sizes["data"] * sizes["model"]
     there = jax.devices() if devices is None else devices
+    idle = {d.process_index for d in there} - {d.process_index for d in there[:count]}
+    if idle and devices is None:
+        raise InputError(
+            f"mesh: {count} of {len(there)} devices leave out those of process {', '.join(map(str, sorted(idle)))}; "
+            "use them all, or fewer processes"
+        )
     return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, devices=there[:count])
 
 
-def put_batch(rows: np.ndarray, mesh: jax.sharding.Mesh) -> Int[Array, "b t"]:
-    """This host's rows of the global batch, split over the data axis."""
-    return jax.make_array_from_process_local_data(jax.NamedSharding(mesh, jax.P("data", None)), rows)
+def local_rows(batch: int, mesh: jax.sharding.Mesh) -> list[int]:
+    """The rows of a global batch that the devices of this process hold, in order.
+
+    They need not lie together: on a TPU pod the mesh follows the links between the chips, not the hosts.
+    """
+    parts = jax.NamedSharding(mesh, jax.P("data")).addressable_devices_indices_map((batch,)).values()
+    return sorted({row for (part,) in filter(None, parts) for row in range(batch)[part]})
+
+
+def put_batch(rows: Any, mesh: jax.sharding.Mesh, batch: int = 0) -> Any:
+    """The global batch of so many rows (0: `rows` are all), split over the data axis, from its `local_rows` here.
+
+    `rows` is an array or a tree of arrays, of as many rows each.
+    """
+
+    def put(part: np.ndarray) -> jax.Array:
+        sharding = jax.NamedSharding(mesh, jax.P("data", *[None] * (part.ndim - 1)))
+        return jax.make_array_from_process_local_data(sharding, part, (batch or len(part), *part.shape[1:]))
+
+    return jax.tree.map(put, rows)
+
+
+def put_scalar(value: float, mesh: jax.sharding.Mesh) -> Float[Array, ""]:
+    """A float32 that every process has, on every device."""
+    sharding = jax.NamedSharding(mesh, jax.P())
+    return jax.make_array_from_callback((), sharding, lambda at: np.asarray(value, np.float32))

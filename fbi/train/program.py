@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import optax
 
 from fbi import optim
+from fbi.data.table import Layout, Taught
 from fbi.loss import Loss
 from fbi.model import Model
 from fbi.train import routing
 from fbi.train.load import build_model
 from fbi.train.run import Execution, Run
 from fbi.train.step import State, Step, abstract_state, make_step, on_mesh
+from fbi.train.teacher import Teacher, rows_like
 
 
 class Program(NamedTuple):
@@ -31,7 +33,7 @@ def program(
     run: Run,
     execution: Execution = Execution(),
     *,
-    teacher: Model | None = None,
+    teacher: Model | Teacher | None = None,
     separator: int | None = None,
     held: routing.Held | None = None,
 ) -> Program:
@@ -57,10 +59,11 @@ def _no_data(tokens: int) -> list[jax.Array]:
     raise RuntimeError(f"{tokens} tokens of a program without data")
 
 
-def step_arguments(run: Run, built: Program, teacher: Model | None = None) -> tuple:
+def step_arguments(run: Run, built: Program, teacher: Model | None = None, table: Layout | None = None) -> tuple:
     """Shapes, types and shardings of the arguments of `built.step` on the mesh in use, as the loop passes them."""
     mesh = jax.sharding.get_mesh()
-    rows = jax.NamedSharding(mesh, jax.P("data", None))
-    tokens = jax.ShapeDtypeStruct((run.data.batch, run.data.window + 1), jnp.int32, sharding=rows)
+    rows = lambda axes: jax.NamedSharding(mesh, jax.P("data", *[None] * (axes - 1)))  # noqa: E731
+    tokens = jax.ShapeDtypeStruct((run.data.batch, run.data.window + 1), jnp.int32, sharding=rows(2))
+    batch = Taught(tokens, rows_like(table, run.data.batch, rows)) if table else tokens
     progress = jax.ShapeDtypeStruct((), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P()))
-    return built.state, None if teacher is None else on_mesh(teacher.abstract()), tokens, progress
+    return built.state, None if teacher is None else on_mesh(teacher.abstract()), batch, progress

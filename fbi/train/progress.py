@@ -36,6 +36,11 @@ class Reporter:
         """Counts on from `done`, after a resume or a return to a checkpoint."""
         self.start, self._began = done, time.monotonic()
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start, or the last `restart`."""
+        return time.monotonic() - self._began
+
     def update(self, done: int, text: str = "") -> None:
         """Shows how much is done, with `text` beside it."""
         if self._bar:
@@ -54,6 +59,19 @@ class Reporter:
             self._bar.console.print(line, markup=False, highlight=False)
         else:
             print(line, flush=True)
+
+
+class Quiet(Reporter):
+    """Shows nothing: of the processes of a run one speaks."""
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def update(self, done: int, text: str = "") -> None:
+        """Does nothing."""
+
+    def say(self, line: str) -> None:
+        """Does nothing."""
 
 
 def clock(seconds: float) -> str:

@@ -19,9 +19,10 @@ from fbi.errors import InputError
 from fbi.evaluate.perplexity import NO_TALLY, Tally
 from fbi.loss import NO_WATCH, SCORES, Loss, Watch
 from fbi.model import Model, Params
+from fbi.model.config import ModelConfig
 from fbi.train.control import NO_CONTROL, Control, bias_control, shifted, sparsity_control
 from fbi.train.loop import Finish
-from fbi.train.mesh import put_batch
+from fbi.train.mesh import local_rows, put_batch
 from fbi.train.run import Run
 from fbi.train.step import State, documents_of
 
@@ -76,11 +77,16 @@ def check(run: Run, loss: Loss) -> None:
         )
 
 
+def tally_of(model: ModelConfig) -> Tally:
+    """What an evaluation sums up of a model's routers; nothing for a dense one."""
+    return Tally((FEATURE,), routing_tallies) if model.expert else NO_TALLY
+
+
 def parts(run: Run, loss: Loss, model: Model, held: Held, separator: int | None) -> Parts:
     """What the model and the requested sparsity of a run ask for; `held` gives text that it does not train on."""
     if not run.model.expert:
         return Parts()
-    found = Parts(WATCH, Tally((FEATURE,), routing_tallies))
+    found = Parts(WATCH, tally_of(run.model))
     if not run.sparsity:
         return found
     starts = [term.weight for term in loss.terms if term.kind == EFFICIENCY]
@@ -98,9 +104,9 @@ def held(windows: Windows, batch: int, mesh: jax.sharding.Mesh, tokens: int) -> 
     there = windows.count("validation")
     count = max(1, min(-(-tokens // windows.window), there) // batch)
     places = np.linspace(0, there - 1, count * batch).astype(int).reshape(count, batch)
-    mine = np.split(places, jax.process_count(), axis=1)[jax.process_index()]
+    mine = places[:, local_rows(batch, mesh)]
     rows = [np.stack([windows.read("validation", int(place)) for place in part]) for part in mine]
-    return [put_batch(part[:, :-1], mesh) for part in rows]
+    return [put_batch(part[:, :-1], mesh, batch) for part in rows]
 
 
 def meet(

@@ -40,7 +40,7 @@ class Run:
     loss: str = "ce"
     """ce, ad, kl, rkl, cakld, hidden, dmd, or a weighted sum such as '0.3*ce + 0.7*ad:temperature=2'; mix."""
     teacher: str = ""
-    """Run directory of the teacher, where the loss needs one; ../NAME is beside the run's own directory."""
+    """Run directory of the teacher, or a table of it (`fbi teach`); ../NAME is beside the run's own directory."""
     start: str = ""
     """Where the weights start: '' at random, a run directory (as for teacher), 'smollm2-135m', or safetensors."""
     data: DataConfig = DataConfig()
@@ -57,6 +57,8 @@ class Run:
     """How neurons become experts where a routed model starts from a dense one; contiguous: they stay in their order."""
     pruning: str = later("")
     """How the weights of the MLPs are pruned at the start, such as 'wanda:sparsity=0.5,pattern=expert'; '': not."""
+    final_windows: int = later(0)
+    """Windows of the validation split, from its beginning, that the last evaluation reads; 0: all of them."""
 
     @property
     def hash(self) -> str:
@@ -81,6 +83,12 @@ class Execution:
     gather: Literal["values", "codes"] = "values"
     """What travels where a weight split over the data axis is brought together: its quantized values, or its codes
     packed into bytes (1 bit for fbi, 1.6 for bitnet-b158) and its scales. The same numbers."""
+    sequence: bool = False
+    """Split the residual stream between layers over the model axis by position: less memory for long windows, and the
+    links carry as much."""
+    product: Literal["values", "integers", "float8"] = "values"
+    """From what products in the blocks are formed whose operands both are on a grid: their values, or their levels as
+    int8 or float8, where these hold them (float8: up to 5 bits). Up to rounding the same numbers."""
     unroll: int = 4
     """Layers unrolled in one turn of the scan."""
     checkpoint_every: int = 200
@@ -92,9 +100,14 @@ class Execution:
     eval_every: int = 100
     """Steps between evaluations on the validation split; 0: only at the end."""
     eval_windows: int = 0
-    """Windows of the validation split that are evaluated during the run; 0: all. The end always takes all."""
+    """Windows of the validation split that are evaluated during the run; 0: all. At the end `final_windows` counts."""
     log_every: int = 10
     """Steps summed up in one row of metrics.jsonl."""
+    grace: float = 30.0
+    """Seconds from the notice of a preemption (SIGTERM, SIGUSR1, SIGUSR2) to the kill: a run says where a checkpoint
+    would take longer; 0: it does not look."""
+    profile: str = ""
+    """Steps of which a profiler trace goes to RUN_DIR/profile, such as 10:15."""
     diagnose_every: int = 0
     """Steps of which every multiple gets rows of diagnostics in metrics.jsonl, by site and of all; 0: none."""
     diagnostics: str = "flips,entropy,margin,error"

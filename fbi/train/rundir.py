@@ -98,7 +98,7 @@ def take_back(directory: Path) -> None:
     checkpoints = directory / "checkpoints"
     if (directory / "metrics.jsonl").exists() or (checkpoints.is_dir() and any(checkpoints.iterdir())):
         return
-    for name in ("tokenizer.json", "summary.json", "env.json", "config.json"):
+    for name in ("tokenizer.json", "summary.json", "env.json", "teacher.json", "config.json"):
         (directory / name).unlink(missing_ok=True)
     if checkpoints.is_dir():
         checkpoints.rmdir()
@@ -166,3 +166,13 @@ class Metrics:
             raise InputError(
                 f"{self.path} is damaged: line {place} is no row of metrics; restore the file or cut that line"
             ) from error
+
+
+class NoMetrics(Metrics):
+    """The record as the processes have it that do not keep it."""
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Does nothing."""
+
+    def rewind(self, step: int, keep_events: bool = False) -> None:
+        """Does nothing."""

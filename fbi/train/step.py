@@ -14,6 +14,7 @@ from fbi.loss.weighted import NO_WEIGHTS
 from fbi.model import Model, Params
 from fbi.quant import Ctx
 from fbi.train.control import NO_CONTROL, Control
+from fbi.train.teacher import Teacher, teaching
 
 State = dict[str, Any]  # {"params": ..., "opt": ...}, and what a control keeps
 Step = Callable[..., tuple[State, dict[str, Array]]]
@@ -63,43 +64,44 @@ def context(model: Model, progress: Float[Array, ""], tokens: Int[Array, "b t"])
 def make_objective(
     loss: Loss,
     *,
-    teacher: Model | None = None,
+    teacher: Model | Teacher | None = None,
     parts: int = 1,
     separator: int | None = None,
     watch: Watch = NO_WATCH,
     chunk: int = 0,
 ) -> Objective:
-    """What a step differentiates: (model, params, teacher_params, tokens [b, t+1], progress) -> (mean loss, sums).
+    """What a step differentiates: (model, params, teacher_params, batch, progress) -> (mean loss, sums).
 
+    The batch is tokens [b, t+1], or what the teacher splits into these and what it needs of them beside.
     The mean is over predictions, divided by `parts`: those of equal parts of a batch add up to that of the whole.
     `weights`, a last argument, take the place of those that the loss gives its terms. With `chunk` no more logits
     exist than those of so many tokens of each device.
     """
     head = ("head",) if chunk else ()
     wanted = tuple(dict.fromkeys((*loss.features, *watch.features)))
+    who = teaching(teacher)
 
     def objective(
         model: Model,
         params: Params,
         teacher_params: Params | None,
-        tokens: Array,
+        batch: Any,
         progress: Array,
         weights: Mapping[str, Array] = NO_WEIGHTS,
     ) -> tuple[Array, dict[str, Array]]:
+        tokens, rows = who.split(batch)
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         documents = documents_of(inputs, separator)
         ctx = context(model, progress, tokens)
         logits, features = model.features(params, inputs, documents, ctx, (*wanted, *head))
-        taught, known, students, teachers = None, {}, None, None
+        lesson, known = who.lesson(teacher_params or {}, rows, inputs, documents, loss.teacher_features, bool(chunk))
+        out = Outputs(None if chunk else logits, labels, None, features, known)
         if chunk:
-            students, logits = Readout(model.head_product(params, features["head"], ctx), model.head_logits), None
-        if teacher is not None:
-            given = teacher_params or {}
-            taught, known = teacher.features(given, inputs, documents, wanted=(*loss.teacher_features, *head))
-            if chunk:
-                teachers, taught = Readout(teacher.head_product(given, known["head"]), teacher.head_logits), None
-        out = Outputs(logits, labels, taught, features, known)
-        total, sums = chunked(loss, out, students, teachers, chunk, weights) if students else loss(out, weights)
+            own = Readout(model.head_product(params, features["head"], ctx), model.head_logits)
+            total, sums = chunked(loss, out, own, lesson, chunk, weights)
+        else:
+            out = out._replace(teacher_logits=None if lesson is None else lesson(logits))
+            total, sums = loss(out, weights)
         return total / (labels.size * parts), sums | watch.sums(out)
 
     return objective
@@ -110,41 +112,43 @@ def make_step(
     loss: Loss,
     tx: optax.GradientTransformation,
     *,
-    teacher: Model | None = None,
+    teacher: Model | Teacher | None = None,
     accumulate: int = 1,
     separator: int | None = None,
     watch: Watch = NO_WATCH,
     control: Control = NO_CONTROL,
     chunk: int = 0,
 ) -> Step:
-    """The compiled step (state, teacher_params, tokens [b, t+1], progress) -> (state, sums).
+    """The compiled step (state, teacher_params, batch, progress) -> (state, sums); `batch` as in `make_objective`.
 
     Sums are over the batch: `loss`, `ce`, `floor` (with a teacher), each term of the loss by its kind, `count` of
     predictions; `grad_norm` before clipping; what `watch` and `control` tell. The batch is computed in `accumulate`
     parts whose gradients add up to that of the whole; `chunk` as in `make_objective`.
     """
     objective = make_objective(loss, teacher=teacher, parts=accumulate, separator=separator, watch=watch, chunk=chunk)
-    gradient = jax.grad(functools.partial(objective, model), has_aux=True)
+    gradient, who = jax.grad(functools.partial(objective, model), has_aux=True), teaching(teacher)
 
-    def whole(
-        params: Params, teacher_params: Params | None, tokens: Array, *rest: Any
-    ) -> tuple[Params, dict[str, Array]]:
+    def whole(params: Params, teacher_params: Params | None, batch: Any, *rest: Any) -> tuple[Params, dict[str, Array]]:
         if accumulate == 1:
-            return gradient(params, teacher_params, tokens, *rest)
-        b, t = tokens.shape
-        # Rows are dealt out in turn, so that every part keeps its share of each device.
-        parts = tokens.reshape(b // accumulate, accumulate, t).swapaxes(0, 1)
-        first = gradient(params, teacher_params, parts[0], *rest)
+            return gradient(params, teacher_params, batch, *rest)
 
-        def add(total: Any, part: Array) -> tuple[Any, None]:
+        def dealt(x: Array) -> Array:
+            # Rows are dealt out in turn, so that every part keeps its share of each device.
+            return x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+        parts = jax.tree.map(dealt, batch)
+        first = gradient(params, teacher_params, jax.tree.map(lambda x: x[0], parts), *rest)
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, gradient(params, teacher_params, part, *rest)), None
 
-        return jax.lax.scan(add, first, parts[1:])[0]
+        return jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], parts))[0]
 
     def step(
-        state: State, teacher_params: Params | None, tokens: Int[Array, "b t"], progress: Float[Array, ""]
+        state: State, teacher_params: Params | None, batch: Any, progress: Float[Array, ""]
     ) -> tuple[State, dict[str, Array]]:
-        gradients, sums = whole(state["params"], teacher_params, tokens, progress, control.weights(state))
+        tokens = who.split(batch)[0]
+        gradients, sums = whole(state["params"], teacher_params, batch, progress, control.weights(state))
         updates, opt = tx.update(gradients, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         count = jnp.asarray(tokens.shape[0] * (tokens.shape[1] - 1))

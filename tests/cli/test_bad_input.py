@@ -42,7 +42,9 @@ def config(**fields):
         pytest.param('{"steps": 3}', ["it needs the fields 'format' and 'run'"], id="bare"),
         pytest.param('{"format": 1, "run": 3}', ["must be an object with fields, not 3"], id="no fields"),
         pytest.param(
-            config(stepz=3), ["unknown field 'stepz'", "did you mean 'steps'", "valid: data, grouping"], id="field"
+            config(stepz=3),
+            ["unknown field 'stepz'", "did you mean 'steps'", "valid: data, final_windows, grouping"],
+            id="field",
         ),
         pytest.param(config(data={"bach": 3}), ["unknown field 'data.bach'", "did you mean 'data.batch'"], id="inner"),
         pytest.param(config(steps="many"), ["run.json: steps='many' is not a whole number"], id="type"),
@@ -147,6 +149,11 @@ def test_a_setting(settings, says, train, new, cache):
         pytest.param(["--mesh", "data=16"], ["'data=16' needs 16 devices, 8 are here"], id="devices"),
         pytest.param(["--mesh", "tensor=2"], ["unknown mesh axis 'tensor'", "valid: data, model"], id="axis"),
         pytest.param(["--mesh", "data=two"], ["data='two' is not a whole number", "write data=4,model=2"], id="size"),
+        pytest.param(["--profile", "10-15"], ["profile='10-15' is not FIRST:LAST", "write 10:15"], id="profile"),
+        pytest.param(
+            ["--profile", "2:1000000"], ["profile='2:1000000' must name steps from 1 to"], id="profiled steps"
+        ),
+        pytest.param(["--grace", "-1"], ["grace=-1.0 must be at least 0 seconds"], id="grace"),
         pytest.param(["--mesh", "data=²"], ["data='²' is not a whole number"], id="superscript"),
         pytest.param(["--accumulate", "3"], ["accumulate=3 does not divide data.batch=4"], id="accumulate"),
         pytest.param(["--loss-chunk", "-1"], ["loss_chunk=-1 must be at least 0"], id="chunk"),

@@ -13,7 +13,7 @@ from fbi.experiment import grid, overlay, seeds
 from fbi.train.run import Execution
 
 STEPS = 60
-EXECUTION = Execution(checkpoint_every=10, eval_every=20, log_every=5, mesh="data=1")
+EXECUTION = Execution(checkpoint_every=10, eval_every=20, log_every=5, mesh=os.environ.get("FBI_TEST_MESH", "data=1"))
 SMALL = ["vocab=300", "dim=64", "layers=1", "heads=2", "kv_heads=2", "head_dim=32", "ff=128"]
 
 

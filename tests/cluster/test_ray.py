@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import cluster_support as support
 import psutil
@@ -55,6 +56,32 @@ def test_runs_that_lose_their_process_or_their_node_go_on(cluster, corpus, refer
         assert sweep.end() == 0, sweep.words
     assert "stopped at step" in support.starts(first.directory)[0]  # it saved a checkpoint
     support.assert_same(root, reference, [first, second])
+
+
+def test_a_run_on_two_nodes_loses_a_process_and_goes_on(cluster, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    monkeypatch.setenv("FBI_TEST_MESH", "data=2")
+    root = tmp_path / "sweep"
+    with support.Sweep(root, f"ray:address={cluster.address},hosts=2", corpus, "tiny-fp-s0") as sweep:
+        directory = support.until(lambda: next(root.glob("tiny-fp-s0-*"), None), "the plan")
+        support.until(lambda: support.saved(directory) and support.last_step(directory) >= 10, "a checkpoint")
+        trained = {}  # by its number: the process that trains
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                known = process.environ()
+                if known.get("FBI_CHILD") and str(directory) in process.cmdline():
+                    trained[known["FBI_PROCESS"]] = process
+        assert sorted(trained) == ["0", "1"]
+        workers = [process.parent().parent() for process in trained.values()]  # over each a parent, then its task
+        assert {raylet(node) for node in cluster.worker_nodes} == {worker.ppid() for worker in workers}
+        at = support.last_step(directory)
+        trained["1"].kill()
+        assert at < support.STEPS
+        assert sweep.end() == 0, sweep.words
+    assert (directory / "done.json").exists()
+    assert support.last_step(directory) == support.STEPS
+    assert "starting again from the last checkpoint" in (directory / "log-1.txt").read_text()
+    assert "continuing from step" in (directory / "log.txt").read_text()
 
 
 def test_a_sweep_asked_to_stop_goes_on_later(corpus, reference, tmp_path):

@@ -17,7 +17,8 @@ def some(batches, count, start=0):
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_hosts_together_read_the_same_global_batch(windows, hosts):
     whole = Batches(windows, batch=8, seed=3)
-    parts = [Batches(windows, batch=8, seed=3, process_index=i, process_count=hosts) for i in range(hosts)]
+    shares = np.split(np.arange(8), hosts)
+    parts = [Batches(windows, batch=8, seed=3, rows=share.tolist()) for share in shares]
     for step in (0, 1, 1000):
         together = np.concatenate([part.batch_at(step) for part in parts])
         np.testing.assert_array_equal(together, whole.batch_at(step))
@@ -81,9 +82,9 @@ def test_reading_ahead_changes_nothing_and_resumes_anywhere(windows, prefetch):
 
 def test_bad_arguments_are_one_line_errors(windows):
     cases = {
-        "batch 6 does not divide among 4 hosts": {"batch": 6, "process_count": 4},
+        r"rows \[0, 6\] are none, or not all of a batch of 6": {"batch": 6, "rows": [0, 6]},
+        r"rows \[\] are none": {"batch": 6, "rows": []},
         "batch is 0": {"batch": 0},
-        "process 2 does not exist": {"batch": 4, "process_index": 2, "process_count": 2},
         "prefetch is -1": {"batch": 4, "prefetch": -1},
         r"skipped range \[5, 3\) is no range": {"batch": 4, "skipped": [(5, 3)]},
         "unknown split": {"batch": 4, "split": "dev"},

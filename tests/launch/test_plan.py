@@ -141,6 +141,9 @@ def test_states_are_read_from_files(tmp_path):
     state = state_of(failed)
     assert (state.kind, state.step, state.loss, state.note) == ("failed", 20, 2.0, "exit code 2: no such corpus")
     assert state_of(queued).kind == "queued"
+    timed = [row | {"time_useful_s": 3.0 * n, "time_wall_s": 4.0 * n + 4} for n, row in enumerate(ROWS, 1)]
+    assert state_of(write_run(tmp_path / "timed", timed)).goodput == 6.0 / 12.0
+    assert state_of(done).goodput is None
     assert state_of(queued, (done,)).kind == "queued"
     state = state_of(queued, (done, failed))
     assert (state.kind, state.note) == ("waiting", "failed failed")

@@ -12,8 +12,8 @@ import pytest
 from fbi.errors import InputError
 from fbi.launch.job import Job
 from fbi.launch.launchers import LAUNCHERS, parse
-from fbi.launch.ray import Ray, carry_out
-from fbi.launch.remote import Stops, absolute, give_up, levels, optional, pairs
+from fbi.launch.ray import Ray
+from fbi.launch.remote import Stops, absolute, carry_out, give_up, levels, optional, pairs
 from fbi.launch.slurm import Slurm, _left, _settled
 from fbi.launch.slurm_task import CarryOut
 from fbi.report.state import state_of
@@ -29,8 +29,8 @@ def job(root, name, *needs, **files):
 
 def test_every_launcher_is_parsed_with_its_options():
     assert all(hasattr(parse(name), "launch") for name in LAUNCHERS)
-    assert parse("ray:address=10.0.0.1:6379,cpus=2,gpus=0.5,resources=TPU=4;big=1,at_once=3,retries=5") == Ray(
-        "10.0.0.1:6379", 2.0, 0.5, "TPU=4;big=1", 3, 5
+    assert parse("ray:address=10.0.0.1:6379,cpus=2,gpus=0.5,resources=TPU=4;big=1,at_once=3,retries=5,hosts=2") == Ray(
+        "10.0.0.1:6379", 2.0, 0.5, "TPU=4;big=1", 3, 5, 2
     )
     assert parse("slurm:partition=p,time=60,extra=qos=high;exclusive,wait=false") == Slurm(
         partition="p", time=60, extra="qos=high;exclusive", wait=False

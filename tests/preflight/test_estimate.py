@@ -69,6 +69,22 @@ def test_remat_trades_memory_for_operations():
     assert full.flops * 64 == pytest.approx(4 * forward - head)
 
 
+def test_a_stream_that_is_split_by_position_saves_memory_and_costs_no_more_on_the_links():
+    run, target = run_of(batch=64), parse("v5e-64")
+    for remat in model.REMATS:
+        whole, split = (estimate(run, Layout(8, 8, 1, remat, sequence), target) for sequence in (False, True))
+        tokens = 8 * 2048
+        assert whole.memory - split.memory >= tokens * 32 * 2 * 4096 * 7 / 8  # bfloat16, every layer's input
+        assert split.link_s == whole.link_s
+    best = wanted(run, target, "data=8,model=8", 1, "full", sequence=True)[0][0]
+    assert best.layout == Layout(8, 8, 1, "full", True)
+    assert "--sequence True" in best.layout.flags()
+    assert best.layout.execution().sequence
+    odd = dataclasses.replace(run, data=dataclasses.replace(run.data, window=2044))
+    with pytest.raises(InputError, match=r"sequence: the model axis of mesh='data=8,model=8' does not divide"):
+        wanted(odd, target, "data=8,model=8", sequence=True)
+
+
 def test_the_best_layout_fits_where_one_does():
     run, target = run_of(), parse("v5e-64")
     best = ranked(run, target)[0]

@@ -153,6 +153,20 @@ def test_vmap_over_layers_equals_a_loop(name, role, x64):
                 np.testing.assert_allclose(a[layer], b, rtol=1e-9, atol=1e-12, err_msg=text)
 
 
+def test_the_levels_of_a_grid_are_those_of_its_codes():
+    grids = set()
+    for name, role in PAIRS:
+        x = jax.ShapeDtypeStruct((WIDTH, 8) if role == "weight" else (8, WIDTH), jnp.float32)
+        for _, q in some_quantizers(name, role):
+            jax.eval_shape(lambda x, q=q: grids.add(q.encode(x, q.init(x)).grid), x)
+    grids.discard(None)
+    assert {type(grid).__name__ for grid in grids} >= {"Binary", "Integers", "HalfIntegers", "Levels", "PairSparse"}
+    for grid in grids:
+        codes = jnp.arange(grid.low, grid.high + 1, dtype=jnp.float32)
+        np.testing.assert_array_equal(np.asarray(grid.levels, np.float32), grid.level(codes), err_msg=str(grid))
+        assert grid.reach == (min(grid.levels), max(grid.levels))
+
+
 def test_a_group_of_one_element_keeps_its_magnitude():
     x = jnp.array([[-0.3], [0.7], [2.0]])
     for text in ("fbi:granularity=input,shift=false", "absmax", "xnor"):

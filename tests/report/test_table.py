@@ -104,6 +104,7 @@ def test_the_table_of_runs_says_what_each_is_costs_and_reaches(new_run):
         "perplexity": "34.46",
         "bits/byte": "1.9641",
         "train tokens/s": "16355",
+        "goodput": "-",
         "directory": str(done),
     }
     assert other["run"] == "b"

@@ -19,7 +19,8 @@ import fbi
 from fbi.train.run import FORMAT, Run, from_json, to_json
 
 TEXT = "the state of union is a strong one and we shall keep it so for all who come after us in peace"
-PATIENCE = 180  # seconds for anything that takes a few on a quiet machine
+# seconds for anything that takes a few on a quiet machine
+PATIENCE = float(os.environ.get("FBI_TEST_PATIENCE", "180"))
 # Of a run, and between its checkpoints: evaluations make these steps longer than the writing of a checkpoint, and
 # log_every divides neither number, so that rows of the record straddle checkpoints.
 STEPS, EVERY = 36, 12
@@ -92,6 +93,10 @@ class Process:
     @property
     def running(self) -> bool:
         return self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def until(self, condition: Callable[[], bool]) -> bool:
         """Waits for something to be seen while the process runs; False where it ended first."""

@@ -14,9 +14,10 @@ from support import assert_same, copy, params, rows, saved, tiny
 
 import fbi
 from fbi import optim
-from fbi.analysis.routing import SIZES, WATCH, routing_rows, routing_tallies
+from fbi.analysis.routing import SIZES, WATCH, routing_rows, routing_sums, routing_tallies
+from fbi.cli_tasks import evaluate
 from fbi.errors import InputError
-from fbi.loss import Loss
+from fbi.loss import SCORES, Loss, Outputs
 from fbi.model import Model
 from fbi.model.axes import mesh_1x1
 from fbi.model.config import PRESETS
@@ -24,7 +25,7 @@ from fbi.policy import Policy
 from fbi.train import Execution
 from fbi.train import mesh as meshes
 from fbi.train.compose import check
-from fbi.train.control import NO_CONTROL, Eta, moved, sparsity_control
+from fbi.train.control import NO_CONTROL, Eta, bias_control, moved, sparsity_control
 from fbi.train.load import build_model, load, starting_params
 from fbi.train.step import begun, make_step
 
@@ -74,6 +75,15 @@ def test_grouped_neurons_make_the_same_model(stages, home, grouping):
         np.testing.assert_array_equal(np.sort(given, axis=-1), np.sort(there, axis=-1))
         logits = [m.apply(p, tokens) for m, p in ((dense.model, dense.params), (target, params))]
     np.testing.assert_allclose(*logits, atol=1e-4)
+
+
+def test_eval_says_what_share_is_skipped(stages, home, monkeypatch, capsys):
+    monkeypatch.setenv("FBI_CACHE", home.environment["FBI_CACHE"])
+    evaluate(stages / "second")
+    header, values = [line for line in capsys.readouterr().out.splitlines() if "perplexity" in line or "valid" in line]
+    assert header.rstrip(" |│┃").endswith("FFN sparsity")
+    recorded = rows(stages / "second", "eval")[-1]["sparsity"]
+    assert float(values.replace("│", " ").split()[-1]) == pytest.approx(recorded, abs=2e-4)
 
 
 def test_the_record_tells_what_routers_do(stages):
@@ -258,3 +268,17 @@ def test_starts_and_meshes_that_do_not_fit_are_refused(stages, home, monkeypatch
     split = tiny(home.corpus, model={"expert": 32, "heads": 4, "kv_heads": 4, "head_dim": 8})
     with pytest.raises(InputError, match=r"model=4 does not divide .*model.ff / model.expert=2"):
         check(split, Execution(mesh="model=4"))
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.2, 1.0])
+def test_biases_come_to_a_requested_sparsity_however_alike_the_logits_are(spread):
+    logits, amount, shares = spread * jax.random.normal(jax.random.key(0), (2, 1, 16, 64)) + 1.2 * spread, 0.0, []
+    control = bias_control(0.5)
+    for _ in range(12):
+        sums = routing_sums(Outputs(None, jnp.zeros((1, 16), int), features={SCORES: jax.nn.sigmoid(logits - amount)}))
+        shares.append(float(sums["sparsity"]) / 16)
+        params = {"router": {"bias": jnp.zeros(2)}}
+        kept, _ = control.update({"params": params}, sums, jnp.float32(16))
+        amount -= float(kept["params"]["router"]["bias"][0])
+    assert shares[0] < 0.2
+    assert shares[-4:] == pytest.approx([0.5] * 4, abs=0.02)

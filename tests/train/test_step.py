@@ -97,6 +97,16 @@ def test_the_gradient_is_clipped_to_the_global_norm():
     assert float(jnp.linalg.norm(mu["layers_0_1"]["w"])) == pytest.approx(0.1, rel=1e-5)  # (1 - b1) times 1
 
 
+def test_routers_may_have_a_learning_rate_of_their_own():
+    params = {"layers_0_1": {"mlp": {"router": {"weight": jnp.ones(3)}, "up": {"w": jnp.ones(3)}}}}
+    moves = []
+    for factor in (1.0, 30.0):
+        tx = optim.build(optim.OptimizerConfig(warmup=0.0, weight_decay=0.0, router_lr=factor), 10)
+        moves.append(tx.update(params, tx.init(params), params)[0]["layers_0_1"]["mlp"])
+    np.testing.assert_allclose(moves[1]["router"]["weight"], 30 * moves[0]["router"]["weight"], rtol=1e-6)
+    np.testing.assert_array_equal(moves[1]["up"]["w"], moves[0]["up"]["w"])
+
+
 @pytest.mark.parametrize("policy", ["fp", "fbi", "bitnet-b158"])
 def test_golden_step(policy, optimized):
     """The numbers of one step. If this fails and you did not mean to change what a model computes, it found a bug.
