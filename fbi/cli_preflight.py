@@ -63,8 +63,9 @@ def preflight(
     from fbi.preflight import report
 
     found = report.preflight(
-        run, chosen, mesh=mesh, accumulate=accumulate, remat=remat, sequence=sequence, unroll=unroll, compiler=compiler
-    )
+        run, chosen, mesh=mesh, accumulate=accumulate, remat=remat, sequence=sequence, unroll=unroll, compiler=compiler,
+        say=lambda text: print(f"fbi: {text}", file=sys.stderr, flush=True),
+    )  # fmt: skip
     if file:
         text = json.dumps(found, indent=1) + "\n"
         print(text, end="") if file == "-" else write_text(Path(file), text)

@@ -1,5 +1,6 @@
 """The real training step of a run, traced and compiled for a target from shapes alone."""
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -110,7 +111,7 @@ def compile_step(run: Run, layout: Layout, target: Target, compiler: str, unroll
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            raise _refused(str(error), layout, target) from error
+            raise refusal(str(error), layout, target) from error
         ended = time.perf_counter()
     return _read(compiled, lowered, arguments, mesh, (began, at_lower, at_compile, ended))
 
@@ -129,7 +130,7 @@ def _no_cache(compiler: str) -> Iterator[None]:
         jax.config.update("jax_enable_compilation_cache", before)
 
 
-def _refused(text: str, layout: Layout, target: Target) -> InputError:
+def refusal(text: str, layout: Layout, target: Target) -> InputError:
     """The compiler's error as one of ours: too large where it says so, otherwise its first line."""
     if "RESOURCE_EXHAUSTED" in text:
         found = (re.search(pattern, text) for pattern in _NEEDED)
@@ -195,9 +196,12 @@ def _recompiles(lowered: Any, state: Any) -> Iterator[str]:
 
 
 def _hoistable(found: tuple[hlo.Collective, ...]) -> Iterator[str]:
-    for c in found:
-        if c.hoistable and c.times * c.bytes >= LARGE:
-            yield (
-                f"{c.kind} {c.source or c.name} of {c.bytes / 2**20:.1f} MiB runs {c.times} times in a loop, "
-                "each time of the same value; do it once before the loop"
-            )
+    """Large collectives of a value that no turn of their loop changes; alike ones are counted."""
+    alike = collections.Counter(
+        f"{c.kind} {c.source or c.name} of {c.bytes / 2**20:.1f} MiB runs {c.times} times in a loop, each time of the "
+        "same value"
+        for c in found
+        if c.hoistable and c.times * c.bytes >= LARGE
+    )
+    for text, count in alike.items():
+        yield f"{text}{f' ({count} such)' if count > 1 else ''}; do it once before the loop"

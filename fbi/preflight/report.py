@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import math
+from collections.abc import Callable
 from typing import Any
 
 from fbi.errors import InputError
@@ -69,10 +70,12 @@ def preflight(
     sequence: bool = False,
     unroll: int = 1,
     compiler: str = "auto",
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Compiles the step of `run` for `target` in the best layout that leaves what is given as it is; see `found`.
 
-    Where the compiled program does not fit although its estimate did, the next that should is compiled, a few times.
+    Where the compiled program does not fit although its estimate did, the next that should is compiled, a few times;
+    `say` is told of each that did not.
 
     Bytes are of one device, seconds of a step at the roofline (arithmetic, memory, links, the slowest of them).
     `InputError` for input that cannot be, for a compiler that is not installed, and for a run that does not fit, which
@@ -97,6 +100,7 @@ def preflight(
         smaller = [e for e in options if e.memory * grown <= limit and e.memory < best.memory]
         if not smaller or not left:
             break
+        say(f"{best.layout.flags()} needs {_size(needed)} of {_size(limit)} a chip; {smaller[0].layout.flags()} is next")
         best = smaller[0]
     raise _unfit(run, target, best, needed, "compiled")
 
@@ -136,6 +140,10 @@ def found(run: Run, target: Target, best: Estimate, compiled: Compiled, compiler
         "warnings": [*_mistakes(run, target, layout), *compiled.warnings],
         "seconds": {"trace": compiled.trace_s, "lower": compiled.lower_s, "compile": compiled.compile_s},
     }  # fmt: skip
+
+
+def _size(needed: float) -> str:
+    return f"{needed / GIB:.2f} GiB" if needed == needed else "more"
 
 
 def _finite(limit: float) -> float | None:

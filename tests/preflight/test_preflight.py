@@ -7,13 +7,14 @@ import json
 import jax
 import pytest
 
+from fbi.analysis.chips import CHIPS
 from fbi.cli import main
 from fbi.errors import InputError
 from fbi.model import Model
 from fbi.model.config import ModelConfig
 from fbi.policy import Policy
 from fbi.preflight import book
-from fbi.preflight.compile import compile_step
+from fbi.preflight.compile import TooLarge, compile_step, refusal
 from fbi.preflight.model import Layout, estimate
 from fbi.preflight.report import found as finding
 from fbi.preflight.report import preflight, tables
@@ -155,6 +156,64 @@ def test_a_run_that_cannot_fit(refused):
         run=dataclasses.replace(seven, model=dataclasses.replace(seven.model, layers=2000)),
         arguments=("--target", "v5e-256", "--compiler", "cpu"),
     )  # fmt: skip
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Gives a CPU so many bytes for a program, as a chip has."""
+
+    def of(size):
+        monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["cpu"], memory=float(size)))
+
+    return of
+
+
+def test_the_next_layout_is_compiled_where_the_best_does_not_fit(memory):
+    memory(2.95e6)  # without remat 2.60 are estimated and 3.11 needed, with products 1.95 and 1.65
+    said = []
+    found = preflight(RUN, parse("cpu:8"), mesh="data=4,model=2", accumulate=1, say=said.append)
+    assert found["remat"] == "products"
+    assert found["memory"]["peak"] < 2.95e6
+    assert len(said) == 1
+    assert said[0].startswith("--mesh data=4,model=2 --accumulate 1 --unroll 1 needs ")
+    assert said[0].endswith("--accumulate 1 --remat True --remat-keeps products --unroll 1 is next")
+
+
+def test_a_program_that_does_not_fit_says_what_would(memory, refused):
+    memory(1.3e6)
+    refused(
+        "small does not fit cpu:8: compiled, --mesh data=4,model=2 --accumulate 2 --remat True",
+        "--accumulate 4 --remat True", "would, by its estimate",
+        arguments=("--target", "cpu:8", "--mesh", "data=4,model=2", "--accumulate", "2", "--remat", "full"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "needed"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 18.53G of "
+            "15.75G hbm. Exceeded hbm capacity by 2.78G.",
+            18.53 * 2**30,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Allocation (size=29381033984) would exceed memory (size=16911433728) :: program too "
+            "large; required for HLO temporaries (26.51G)",
+            26.51 * 2**30,
+        ),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 512.5MiB.", 512.5 * 2**20),
+    ],
+)
+def test_what_compilers_say_of_too_large_programs_is_read(text, needed):
+    error = refusal(text, Layout(4, 2), parse("v5e-8"))
+    assert isinstance(error, TooLarge)
+    assert error.needed == pytest.approx(needed)
+
+
+def test_other_refusals_of_a_compiler_are_one_line():
+    error = refusal("INTERNAL: Mosaic failed\nstack", Layout(4, 2), parse("v5e-8"))
+    assert not isinstance(error, TooLarge)
+    assert str(error) == "the compiler of v5e-8 refused data=4,model=2: INTERNAL: Mosaic failed"
 
 
 def test_rows_of_experiments(capsys):
