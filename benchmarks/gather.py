@@ -1,11 +1,13 @@
 """A training step on emulated devices with weights gathered as values and as codes: bytes and time.
 
-    python benchmarks/gather.py [--devices 8] [--rounds 10] [--dtype float32] [--layers 6] [--policies fbi,bitnet-b158]
+    python benchmarks/gather.py [--devices 8] [--rounds 10] [--dtype float32] [--layers 6] [--batch 8]
+        [--policies fbi,bitnet-b158]
 
 Weights are split over the data axis of all devices. Bytes are those of the all-gathers in the compiled program, the
 layers being scanned (a loop's body counts once); the devices share this machine's processor, so that a gather costs a
 copy in memory and no link. Steps of all variants take turns; ratios are medians over rounds, of codes over values, of
-wall time and of processor time (the one to look at where the machine is not quiet).
+wall time and of processor time (the one to look at where the machine is not quiet). Every device decodes every weight
+whole, however few tokens it has: with more of them (`--batch`, sequences of all devices together) that weighs less.
 """
 
 import argparse
@@ -33,10 +35,10 @@ WINDOW = 256
 class Variant:
     """A compiled step and its state."""
 
-    def __init__(self, policy: str, gather: str, mesh: jax.sharding.Mesh, **shape: Any):
+    def __init__(self, policy: str, gather: str, mesh: jax.sharding.Mesh, batch: int, **shape: Any):
         model = Model(ModelConfig(**SHAPE, **shape), Policy.parse(policy), axes=Axes(gather=gather))
         tx = optim.build(optim.OptimizerConfig(), 100)
-        rows = np.random.default_rng(0).integers(0, SHAPE["vocab"], (8, WINDOW + 1)).astype(np.int32)
+        rows = np.random.default_rng(0).integers(0, SHAPE["vocab"], (batch, WINDOW + 1)).astype(np.int32)
         self.tokens, self.progress = meshes.put_batch(rows, mesh), jax.device_put(np.float32(0))
         self.state = init_state(model, tx, jax.random.key(0))
         step: Any = make_step(model, Loss.parse("ce"), tx)
@@ -58,12 +60,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=8, help=f"sequences of {WINDOW} tokens, of all devices together")
     parser.add_argument("--policies", default="fbi,bitnet-b158")
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", options.devices)
     mesh, shape = meshes.make({"data": options.devices, "model": 1}), {"layers": options.layers, "dtype": options.dtype}
     with jax.set_mesh(mesh):
-        variants = {(p, g): Variant(p, g, mesh, **shape) for p in options.policies.split(",") for g in GATHERS}
+        policies, batch = options.policies.split(","), options.batch
+        variants = {(p, g): Variant(p, g, mesh, batch, **shape) for p in policies for g in GATHERS}
         for turn in range(options.rounds + 1):
             for variant in variants.values():
                 variant.run()

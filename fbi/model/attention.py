@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fbi.model import taps
 from fbi.model.axes import Axes
 from fbi.model.learned import Operand, leaves_of
-from fbi.model.linear import Linear, for_site
+from fbi.model.linear import Linear, Read, for_site
 from fbi.model.norm import RMSNorm
 from fbi.policy import NONE, Methods
 from fbi.quant import Ctx, QParams
@@ -171,7 +171,8 @@ class Attention(nnx.Module):
             count = y.shape[-1] // self.head_dim
             return jnp.reshape(y, (b, t, count, self.head_dim), out_sharding=self.axes.per_head)
 
-        q, k, v = (heads(project(x, hidden, ctx)) for project in (self.q, self.k, self.v))
+        read = Read(x)
+        q, k, v = (heads(project(read, hidden, ctx)) for project in (self.q, self.k, self.v))
         q, k = (rotate(y, where.queries, self.rope_base) for y in (q, k))
         positioned = ctx._replace(positions=where.queries)
         k, v = (self.kv(y, for_site(positioned, name)) for y, name in ((k, "attn.k.cache"), (v, "attn.v.cache")))

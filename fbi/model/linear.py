@@ -1,7 +1,7 @@
 """A linear layer that is given its quantizers by the policy."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,23 @@ def for_site(ctx: Ctx, site: str) -> Ctx:
 def finished(methods: Methods, y: Float[Array, "b t o"], product: Product) -> Float[Array, "b t o"]:
     """What the weight's method does to the product y of a layer."""
     return methods.build()[0].around.post(y, product.after or {}, product.memo)
+
+
+class Read:
+    """A tensor that several layers read. What two of them make of it alike is made once.
+
+    So it is kept once for the backward pass, and their gradients are summed before they go back through it.
+    """
+
+    def __init__(self, x: Float[Array, "b t i"]):
+        self.x = x
+        self._made: dict[Hashable, Array] = {}
+
+    def made(self, how: Hashable, make: Callable[[], Array]) -> Array:
+        """What `make` gives, or gave before to whoever asked in the same way."""
+        if how not in self._made:
+            self._made[how] = make()
+        return self._made[how]
 
 
 class Linear(nnx.Module):
@@ -65,16 +82,18 @@ class Linear(nnx.Module):
         held(self, "r", weight.around.init(w, jax.random.fold_in(key, 1)), replicated=True)
 
     def __call__(
-        self, x: Float[Array, "b t i"], out: jax.P, ctx: Ctx, after: Callable[[Array], Array] = taps.identity
+        self, x: Float[Array, "b t i"] | Read, out: jax.P, ctx: Ctx, after: Callable[[Array], Array] = taps.identity
     ) -> Float[Array, "b t o"]:
         """The product, laid out as `out`; `after` is applied to the quantized input."""
         product = self.operands(x, ctx, after)
         return taps.tap(f"{self.site}.out", finished(self.methods, multiplied(product, out), product))
 
-    def operands(self, x: Float[Array, "b t i"], ctx: Ctx, after: Callable[[Array], Array] = taps.identity) -> Product:
+    def operands(
+        self, x: Float[Array, "b t i"] | Read, ctx: Ctx, after: Callable[[Array], Array] = taps.identity
+    ) -> Product:
         """What is multiplied."""
-        if self.norm is not None:
-            x = self.norm(x)
+        read = x if isinstance(x, Read) else Read(x)
+        x = read.x if self.norm is None else self.norm(read.x)
         taps.tap(self.site, x)
         ctx, around = for_site(ctx, self.site), leaves_of(self, "r")
         weight, activation = paired(*self.methods.build())
@@ -85,7 +104,9 @@ class Linear(nnx.Module):
         whole = jax.P(*spec[:-1], None) if activation.whole else spec
         x, memo = weight.around.pre(x, around)
         seen = jax.sharding.reshard(x, whole), leaves_of(self, "a"), for_site(ctx, "a")
-        x_hat = after(jax.sharding.reshard(activation.apply(*seen).astype(x.dtype), spec))
+        own = x is not read.x or seen[1] or (activation.draws and ctx.key is not None)
+        quantized = lambda: jax.sharding.reshard(activation.apply(*seen).astype(x.dtype), spec)  # noqa: E731
+        x_hat = after(quantized() if own else read.made(activation, quantized))
         form = self.form if after is taps.identity else of_values  # what is left of the levels, only `after` knows
         product = Product(x_hat, w_hat, full, around, memo)
         return form(product, Seen(activation, *seen), Seen(weight, *latent), self.spec)

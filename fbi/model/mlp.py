@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from fbi.model import taps
 from fbi.model.axes import Axes
 from fbi.model.config import ModelConfig
-from fbi.model.linear import Linear, for_site
+from fbi.model.linear import Linear, Read, for_site
 from fbi.model.norm import RMSNorm
 from fbi.model.router import ROUTERS, Router
 from fbi.model.routing import ROUTING, Routing, by_expert, choice
@@ -55,8 +55,10 @@ class MLP(nnx.Module):
 
     def hidden(self, x: Float[Array, "b t d"], ctx: Ctx) -> Float[Array, "b t f"]:
         """The hidden units."""
-        split = self.axes.hidden(self.axes.ff)
-        return self.neurons.combine(*(getattr(self, name)(x, split, ctx) for name in self.neurons.names))
+        split, read = self.axes.hidden(self.axes.ff), Read(x)
+        # what the layers gave is kept for the backward pass, and nothing of what is made of it
+        combine = jax.checkpoint(self.neurons.combine, prevent_cse=False)
+        return combine(*(getattr(self, name)(read, split, ctx) for name in self.neurons.names))
 
     def project(
         self, h: Float[Array, "b t f"], ctx: Ctx, after: Callable[[Array], Array] = taps.identity

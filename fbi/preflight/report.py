@@ -100,7 +100,9 @@ def preflight(
         smaller = [e for e in options if e.memory * grown <= limit and e.memory < best.memory]
         if not smaller or not left:
             break
-        say(f"{best.layout.flags()} needs {_size(needed)} of {_size(limit)} a chip; {smaller[0].layout.flags()} is next")
+        say(
+            f"{best.layout.flags()} needs {_size(needed)} of {_size(limit)} a chip; {smaller[0].layout.flags()} is next"
+        )
         best = smaller[0]
     raise _unfit(run, target, best, needed, "compiled")
 

@@ -169,14 +169,14 @@ def memory(monkeypatch):
 
 
 def test_the_next_layout_is_compiled_where_the_best_does_not_fit(memory):
-    memory(2.95e6)  # without remat 2.60 are estimated and 3.11 needed, with products 1.95 and 1.65
+    memory(2.4e6)  # without remat 1.99 are estimated and 2.83 needed, with products 1.54 and 1.77
     said = []
-    found = preflight(RUN, parse("cpu:8"), mesh="data=4,model=2", accumulate=1, say=said.append)
+    found = preflight(RUN, parse("cpu:8"), mesh="data=4,model=2", accumulate=2, say=said.append)
     assert found["remat"] == "products"
-    assert found["memory"]["peak"] < 2.95e6
+    assert found["memory"]["peak"] < 2.4e6
     assert len(said) == 1
-    assert said[0].startswith("--mesh data=4,model=2 --accumulate 1 --unroll 1 needs ")
-    assert said[0].endswith("--accumulate 1 --remat True --remat-keeps products --unroll 1 is next")
+    assert said[0].startswith("--mesh data=4,model=2 --accumulate 2 --unroll 1 needs ")
+    assert said[0].endswith("--accumulate 2 --remat True --remat-keeps products --unroll 1 is next")
 
 
 def test_a_program_that_does_not_fit_says_what_would(memory, refused):
@@ -192,14 +192,14 @@ def test_a_program_that_does_not_fit_says_what_would(memory, refused):
     ("text", "needed"),
     [
         (
-            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 18.53G of "
-            "15.75G hbm. Exceeded hbm capacity by 2.78G.",
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 18.53G "
+            "of 15.75G hbm. Exceeded hbm capacity by 2.78G.",
             18.53 * 2**30,
         ),
         (
-            "RESOURCE_EXHAUSTED: Allocation (size=29381033984) would exceed memory (size=16911433728) :: program too "
-            "large; required for HLO temporaries (26.51G)",
-            26.51 * 2**30,
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (70.45G) exceeds available HBM (15.75G). HLO module: jit_step.\nSee https://openxla.org/xla/",
+            70.45 * 2**30,
         ),
         ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 512.5MiB.", 512.5 * 2**20),
     ],
