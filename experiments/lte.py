@@ -7,8 +7,8 @@ Command: fbi sweep experiments/lte.py --launcher local:slots=2; then fbi report 
 that it starts from: --only 'lte-50*', --only 'wanda-*'; all of one seed: --only '*-s0'.
 Expected: perplexity rises with sparsity, slowly up to 50 %; static experts (Wanda) are worst at 70 %; without
 separability thresholding breaks the model. At this size a pilot found LTE's routers no better than random ones, so that
-no order of these two is expected: the paper's is asked of the runs. Seen: half of the experts cost LTE 0.12 nats, random
-routers 0.09, the experts that matter 0.02 (docs/results/lte.md).
+no order of these two is expected: the paper's is asked of the runs. Seen: half of the experts cost LTE 0.12 nats,
+random routers 0.09, the experts that matter 0.02 (docs/results/lte.md).
 Cost: one run of about five minutes and 52 of about one, each on one core. --scale paper: LLaMA2-7B on WikiText-103,
 fine-tuning 3 epochs, stages of 1; and SmolLM2-135M. About 2 GPU-days a sparsity on eight H100.
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fbi.model import taps
 from fbi.model.axes import Axes
+from fbi.model.causal import causal
 from fbi.model.learned import Operand, leaves_of
 from fbi.model.linear import Linear, Read, for_site
 from fbi.model.norm import RMSNorm
@@ -105,6 +106,14 @@ def _one_sequence(
     return mixed.transpose(2, 0, 1, 3).reshape(t, h, width).astype(q.dtype)
 
 
+def _by_blocks(row: tuple[Array, ...]) -> Float[Array, "t h k"]:
+    """Plain attention of a sequence to itself."""
+    q, k, v, *documents = row
+    t, h, width = q.shape
+    mixed = causal(q.reshape(t, len(k), h // len(k), width).transpose(1, 2, 0, 3), k, v, *documents)
+    return mixed.transpose(2, 0, 1, 3).reshape(t, h, width)
+
+
 def attention(
     q: Float[Array, "b t h k"],
     k: Float[Array, "b g s k"],
@@ -116,26 +125,27 @@ def attention(
     """Attention of each query to the keys at or before its position, within its document where documents are given.
 
     `weigh` takes the place of the softmax (a quantizer of probabilities, a boolean rule); `needs` are the arrays it
-    reads. Batch and heads stay on their devices. On a CPU long
-    sequences are taken one by one and recomputed in the backward pass: their scores then stay in the cache.
+    reads. Batch and heads stay on their devices. As many queries as keys stand at the same positions: their plain
+    softmax is computed by blocks. On a CPU long sequences are taken one by one, and what `weigh` makes of them is made
+    again in the backward pass: their scores then stay in the cache.
     """
 
     def local(q: Array, k: Array, v: Array, where: Where, needs: Any) -> Array:
-        causal = where.queries[:, None] >= where.keys[None, :]
-
-        def one(row: tuple[Array, ...]) -> Array:
+        def masked(row: tuple[Array, ...]) -> Array:
             q, k, v, *documents = row
-            allowed = causal
+            allowed = where.queries[:, None] >= where.keys[None, :]
             for document in documents:  # one, or none where attention may cross documents
                 queried = jnp.take(document, jnp.searchsorted(where.keys, where.queries))
-                allowed = causal & (queried[:, None] == document[None, :])
+                allowed = allowed & (queried[:, None] == document[None, :])
             return _one_sequence(q, k, v, allowed, weigh, needs)
 
+        square = weigh is None and q.shape[1] == k.shape[2]
+        one, again = (_by_blocks, _by_blocks) if square else (masked, jax.checkpoint(masked))
         rows = (q, k, v) if where.documents is None else (q, k, v, where.documents)
         together = lambda *rows: jax.vmap(lambda *row: one(row))(*rows)  # noqa: E731
         if q.shape[1] < LONG:
             return together(*rows)
-        in_turn = lambda *rows: jax.lax.map(jax.checkpoint(one), rows)  # noqa: E731
+        in_turn = lambda *rows: jax.lax.map(again, rows)  # noqa: E731
         return jax.lax.platform_dependent(*rows, cpu=in_turn, default=together)
 
     return jax.shard_map(local, out_specs=jax.typeof(q).sharding.spec)(q, k, v, where, needs)

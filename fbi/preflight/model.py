@@ -10,6 +10,7 @@ import math
 from typing import Literal, NamedTuple
 
 from fbi.errors import InputError
+from fbi.model.causal import blocks
 from fbi.model.config import ModelConfig, count_parameters
 from fbi.preflight.targets import Target
 from fbi.train import mesh as meshes
@@ -119,10 +120,10 @@ def estimate(run: Run, layout: Layout, target: Target, teacher: ModelConfig | No
     """The estimate for `run` in `layout` on `target`; `teacher` is the teacher's shape where the run has one.
 
     Per layer and token, in bytes of the compute type: the stream and norms 4 dim, heads and MLP over the model axis, as
-    is the stream (not what norms make of it) with `sequence`; scores of the attention in float32 and their exponentials
-    (2 x heads x window). Logits in float32, their gradient in the compute type. Without remat every layer keeps all
-    that, of the two squares one, its copy in the compute type and a mask, and its gathered weights; with `products` the
-    results of its products; with `full` its input alone.
+    is the stream (not what norms make of it) with `sequence`; the scores of one block of queries, their exponentials
+    and gradients, in float32 (3 x heads x window). Logits in float32, their gradient in the compute type. Without remat
+    every layer keeps all that but the scores, and its gathered weights; with `products` the results of its products;
+    with `full` its input alone.
     """
     c, d, m = run.model, layout.data, layout.model
     size = {"float32": 4, "bfloat16": 2, "float64": 8}[c.dtype]
@@ -134,13 +135,15 @@ def estimate(run: Run, layout: Layout, target: Target, teacher: ModelConfig | No
 
     heads = (2 * c.heads + 2 * c.kv_heads) * c.head_dim / m
     gates = (3 if c.gated else 2) * c.ff / m
-    scores = 2 * wide * c.heads / m * run.data.window
+    cut = len(blocks(run.data.window))
+    square = wide * c.heads / m * run.data.window
+    scores = 3 * square / cut
     stream = c.dim / (m if layout.sequence else 1)
     live = size * (2 * c.dim + 2 * stream + heads + gates) + scores
     kept = {
         "full": 0.0,
         "products": size * (heads + (gates - c.ff / m) + 2 * stream),
-        "none": live - scores / 2 + (size + 1) * c.heads / m * run.data.window,
+        "none": live - scores,
     }[layout.remat]
     weights = size * counts.linear / m if layout.remat == "none" else 0.0
     logits = (wide + size) * c.vocab / m
@@ -162,7 +165,8 @@ def estimate(run: Run, layout: Layout, target: Target, teacher: ModelConfig | No
     again = {"none": 0.0, "products": attention, "full": forward - head}
     flops = (3 * forward + of_teacher + again[layout.remat]) / devices
     parts, passes = layout.accumulate, {"none": 3, "products": 3.5, "full": 4}[layout.remat]
-    streams = passes * c.layers * (size * (8 * c.dim + 2 * heads + 2 * gates) + 2 * scores) + 2 * logits
+    read = 4 * square * (cut + 1) / (2 * cut)  # of the scores those up to a block's end, there and back
+    streams = passes * c.layers * (size * (8 * c.dim + 2 * heads + 2 * gates) + read) + 2 * logits
     moved = parts * (tokens * streams + 6 * size * (counts.linear + table) / m + 2 * size * taught / m) + 9 * parameters
 
     # FSDP gathers each weight for the forward and the backward pass, and scatters the sum of its gradients: compilers
