@@ -72,10 +72,11 @@ def file_of(folder: Path, entry: Entry, target: str) -> Path:
 def fill(folder: Path, entries: Sequence[Entry] = ENTRIES, only: str = "", most: int = 0) -> int:
     """Compiles the entries that are not there (of those whose name or target holds `only`, `most` at most: 0, all).
 
-    Returns how many it compiled. One that is refused (too large, a compiler that is missing) is kept as its one line.
+    Returns how many it compiled. One that is refused (too large, a compiler that is missing) is kept as its one line;
+    one that fails is said, and left for the next time. `InputError` at the end where any failed.
     """
     make_directory(folder)
-    done = 0
+    done, failed = 0, 0
     for entry in entries:
         for target in entry.targets:
             path, key = file_of(folder, entry, target), key_of(entry, target)
@@ -84,8 +85,16 @@ def fill(folder: Path, entries: Sequence[Entry] = ENTRIES, only: str = "", most:
             if most and done == most:
                 return done
             print(f"{entry.name} on {target} ...", flush=True)
-            write_json(path, {"key": key, "entry": entry.name, "target": target, **compiled(entry.arguments(target))})
+            try:
+                told = compiled(entry.arguments(target))
+            except InputError as error:
+                print(error, flush=True)
+                failed += 1
+                continue
+            write_json(path, {"key": key, "entry": entry.name, "target": target, **told})
             done += 1
+    if failed:
+        raise InputError(f"{failed} entries failed, {done} compiled")
     return done
 
 
@@ -163,6 +172,8 @@ def main() -> None:
     given = parser.parse_args()
     try:
         print(f"{fill(given.folder, only=given.only, most=given.most)} compiled")
+    except InputError as error:
+        sys.exit(f"preflight: error: {error}")
     finally:
         write_text(given.page, page(given.folder))
 

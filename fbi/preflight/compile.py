@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import math
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,11 +110,25 @@ def compile_step(run: Run, layout: Layout, target: Target, compiler: str, unroll
         lowered = traced.lower()
         at_compile = time.perf_counter()
         try:
-            compiled = lowered.compile()
+            compiled, text = _compiled(lowered, compiler)
         except jax.errors.JaxRuntimeError as error:
             raise refusal(str(error), layout, target) from error
         ended = time.perf_counter()
-    return _read(compiled, lowered, arguments, mesh, (began, at_lower, at_compile, ended))
+    return _read(compiled, text, lowered, arguments, mesh, (began, at_lower, at_compile, ended))
+
+
+def _compiled(lowered: Any, compiler: str) -> tuple[Any, str]:
+    """The program, and its optimized text.
+
+    That of a TPU's is written by its compiler: jaxlib cannot read all that it makes (work given to a SparseCore).
+    """
+    if compiler != "tpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    with tempfile.TemporaryDirectory(prefix="fbi-preflight-") as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        programs = Path(folder).rglob("*after_optimizations.txt")
+        return compiled, max(programs, key=lambda path: path.stat().st_size).read_text()
 
 
 @contextlib.contextmanager
@@ -140,14 +155,14 @@ def refusal(text: str, layout: Layout, target: Target) -> InputError:
     return InputError(f"the compiler of {target.name} refused {layout.mesh}: {text.strip().splitlines()[0]}")
 
 
-def _read(compiled: Any, lowered: Any, arguments: tuple, mesh: jax.sharding.Mesh, times: tuple) -> Compiled:
+def _read(compiled: Any, text: str, lowered: Any, arguments: tuple, mesh: jax.sharding.Mesh, times: tuple) -> Compiled:
     state, teacher, tokens, _ = arguments
     parameters, optimizer = _bytes(state["params"]), _bytes({k: v for k, v in state.items() if k != "params"})
     taught, batch = _bytes(teacher), _bytes(tokens)
     memory = compiled.memory_analysis()
     extra = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
     temporaries = memory.temp_size_in_bytes + extra
-    found = tuple(hlo.collectives(compiled.as_text(), mesh.size))
+    found = tuple(hlo.collectives(text, mesh.size))
     began, at_lower, at_compile, ended = times
     return Compiled(
         parameters=parameters,
