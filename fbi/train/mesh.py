@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jaxtyping import Array, Float
 
 from fbi.errors import InputError, unknown
@@ -50,7 +51,11 @@ def check(sizes: dict[str, int], model: ModelConfig, batch: int, accumulate: int
 
 
 def make(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh of those sizes over the first devices (by default of this machine), with explicit axes."""
+    """The mesh of those sizes over the first devices (by default of this machine), with explicit axes.
+
+    An axis of a torus may be split between both: `jax.make_mesh` allows that for v5e alone, and refuses 32 x 2 on a
+    v6e of 8 x 8.
+    """
     count = sizes["data"] * sizes["model"]
     there = jax.devices() if devices is None else devices
     idle = {d.process_index for d in there} - {d.process_index for d in there[:count]}
@@ -59,7 +64,9 @@ def make(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> jax.sha
             f"mesh: {count} of {len(there)} devices leave out those of process {', '.join(map(str, sorted(idle)))}; "
             "use them all, or fewer processes"
         )
-    return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, devices=there[:count])
+    shape = tuple(sizes[axis] for axis in AXES)
+    laid_out = mesh_utils.create_device_mesh(shape, there[:count], allow_split_physical_axes=True)
+    return jax.sharding.Mesh(laid_out, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
 
 
 def local_rows(batch: int, mesh: jax.sharding.Mesh) -> list[int]:
