@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support import assert_alike_in_float64, drawn
 
 from fbi.analysis.program import Gathered, all_gathers
 from fbi.loss import Loss
@@ -85,19 +86,14 @@ def test_loss_and_gradient_are_those_of_the_plain_step_in_float64(x64):
     objective = make_objective(Loss.parse("ce"))
     with jax.set_mesh(mesh := meshes.make(meshes.parse("data=4,model=2", 8))):
         rng = np.random.default_rng(0)
-        draw = lambda leaf: jax.device_put(0.3 * rng.standard_normal(leaf.shape), leaf.sharding)
-        params = jax.tree.map(draw, on_mesh(Model(config, Policy.parse(policy)).abstract()))
+        params = drawn(on_mesh(Model(config, Policy.parse(policy)).abstract()), rng)
         tokens = meshes.put_batch(rng.integers(0, 64, (8, 17)).astype(np.int32), mesh)
         found = []
         for gather in ("values", "codes"):
             model = Model(config, Policy.parse(policy), axes=Axes(gather=gather))
             total = lambda params, model=model: objective(model, params, None, tokens, jnp.asarray(0.5))[0]
             found.append(jax.jit(jax.value_and_grad(total))(params))
-    (loss, slopes), (other, gradients) = found
-    assert abs(float(loss) - float(other)) < 1e-9
-    for a, b in zip(jax.tree.leaves(slopes), jax.tree.leaves(gradients), strict=True):
-        assert jax.typeof(a) == jax.typeof(b)
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)
+    assert_alike_in_float64(*found)
 
 
 WIDE = dataclasses.replace(SHAPE, vocab=96, dim=128, layers=2, head_dim=32, ff=256, dtype="bfloat16")

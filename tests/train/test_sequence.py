@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support import assert_alike_in_float64, drawn
 
 from fbi.errors import InputError
 from fbi.loss import Loss
@@ -46,10 +47,7 @@ def test_loss_and_gradients_are_those_of_whole_sequences_in_float64(changes, pol
     objective = make_objective(parsed, teacher=teacher)
     with jax.set_mesh(mesh := meshes.make({"data": 2, "model": 4})):
         rng = np.random.default_rng(0)
-        draw = lambda leaf: jax.device_put(0.3 * rng.standard_normal(leaf.shape), leaf.sharding)
-        params, taught = (
-            jax.tree.map(draw, on_mesh(Model(config, Policy.parse(p)).abstract())) for p in (policy, "fp")
-        )
+        params, taught = (drawn(on_mesh(Model(config, Policy.parse(p)).abstract()), rng) for p in (policy, "fp"))
         tokens = meshes.put_batch(rng.integers(0, 64, (4, 17)).astype(np.int32), mesh)
         found = []
         for axes in (WHOLE, SPLIT):
@@ -58,11 +56,7 @@ def test_loss_and_gradients_are_those_of_whole_sequences_in_float64(changes, pol
                 model, params, taught if teacher else None, tokens, jnp.asarray(0.5)
             )[0]
             found.append(jax.jit(jax.value_and_grad(total))(params))
-    (one, slopes), (other, gradients) = found
-    assert abs(float(one) - float(other)) < 1e-9
-    for a, b in zip(jax.tree.leaves(slopes), jax.tree.leaves(gradients), strict=True):
-        assert jax.typeof(a) == jax.typeof(b)
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)
+    assert_alike_in_float64(*found)
 
 
 def temporaries(axes: Axes) -> tuple[int, str]:
