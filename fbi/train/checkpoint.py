@@ -7,12 +7,10 @@ time. A process that dies amid that leaves the checkpoint before, for a folder g
 
 import contextlib
 import copy
-import gc
 import logging
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -25,6 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from fbi.errors import InputError
 from fbi.files import content_hash
 from fbi.train import hosts
+from fbi.train.attempt import Damaged, attempt
 from fbi.train.background import Background, snapshot
 from fbi.train.step import State
 
@@ -64,10 +63,6 @@ def fingerprint(tree: Any) -> str:
 
 def _name(sums: list[Array]) -> str:
     return content_hash([int(s) for s in jax.device_get(sums)])
-
-
-class Damaged(Exception):
-    """A checkpoint that cannot be read, or whose content is not what was written."""
 
 
 class Checkpoints:
@@ -205,7 +200,7 @@ class Checkpoints:
         state: State = {}
         for name in abstract:
             part = {name: abstract[name]}  # one by one: where one fails, Orbax never awaits its coroutines for the rest
-            state |= _attempt(lambda part=part: ocp.load_checkpointables(str(self.directory / str(step)), part))
+            state |= attempt(lambda part=part: ocp.load_checkpointables(str(self.directory / str(step)), part))
             if fingerprint(state[name]) != content["bits"][name]:
                 raise Damaged(f"the bits of its {name} are not those that were written")
         return state, content["host"]
@@ -222,7 +217,7 @@ class Checkpoints:
                 raise Damaged(f"its {' and '.join(unread)} cannot be read")
             return {name: _kinds(tree) for name, tree in described.metadata.items()}, content
 
-        return _attempt(describe)
+        return attempt(describe)
 
     def _set_aside(self, step: int) -> Path:
         folder = self.directory.parent / "damaged"
@@ -230,35 +225,6 @@ class Checkpoints:
         target = next(t for i in range(1000) if not (t := folder / f"{step}-{i}").exists())
         shutil.move(self.directory / str(step), target)
         return target
-
-
-def _attempt(read: Callable[[], Result]) -> Result:
-    """What `read` gives, or `Damaged` for the many kinds of errors that Orbax and TensorStore raise.
-
-    All else that they say about these, also when what they leave behind is collected, is kept off standard error.
-    """
-    disabled, hook = logging.root.manager.disable, sys.unraisablehook
-    logging.disable()
-    sys.unraisablehook = lambda _: None
-    try:
-        try:
-            return read()
-        except (MemoryError, jax.errors.JaxRuntimeError):  # of this machine, not of the files
-            raise
-        except Exception as error:
-            problem = _innermost(error)
-        gc.collect()
-    finally:
-        logging.disable(disabled)
-        sys.unraisablehook = hook
-    raise Damaged(problem)
-
-
-def _innermost(error: BaseException) -> str:
-    while inner := error.__cause__ or error.__context__:
-        error = inner
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
 
 
 def _difference(name: str, found: dict[str, str], wanted: dict[str, str]) -> str | None:

@@ -52,7 +52,8 @@ def test_the_goodput_of_a_killed_and_continued_run(killed, go_on, tmp_path):
     step = saved(directory)[-1]
     kept, wall = Checkpoints(directory / "checkpoints")._describe(step)[1]["host"]["time"]
     assert 0 < kept < last["time_useful_s"] < last["time_wall_s"]  # what was done since the checkpoint is lost
-    assert kept < wall < dead + 1.5
+    since = max(dead, wall)  # the last sign of life may be older than the checkpoint, by one beat
+    assert kept < wall
     began = time.perf_counter()
     finished(go_on(directory), directory)
     took = time.perf_counter() - began
@@ -62,9 +63,9 @@ def test_the_goodput_of_a_killed_and_continued_run(killed, go_on, tmp_path):
         assert before["time_wall_s"] < after["time_wall_s"]
         assert before["time_useful_s"] <= after["time_useful_s"]
     for row in timed:
-        assert (row["time_wall_s"] > dead) == (row["step"] > step)
+        assert (row["time_wall_s"] > since) == (row["step"] > step)
     end = timed[-1]
-    assert dead < end["time_wall_s"] < dead + took
+    assert since < end["time_wall_s"] < since + took
     assert kept < end["time_useful_s"] < kept + took
     assert read_run(directory).goodput == end["time_useful_s"] / end["time_wall_s"] < 1
     assert not (directory / ".clock").exists()
