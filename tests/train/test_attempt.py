@@ -67,5 +67,5 @@ def test_damage_names_the_first_cause():
         except ValueError as error:
             raise RuntimeError("while reading") from error
 
-    with pytest.raises(Damaged, match="^chunk 3 is cut$"):
+    with pytest.raises(Damaged, match=r"^chunk 3 is cut$"):
         attempt(read)
