@@ -1,12 +1,13 @@
 """What a student loses, and gains in speed, that learns from a table of its teacher instead of the teacher itself.
 
-    python benchmarks/offline_teacher.py [--seeds 3] [--ks 64,8] [--steps 400] [--root runs/offline]
+    python benchmarks/offline_teacher.py [--seeds 3] [--tables 64,64:16] [--steps 400] [--root runs/offline]
 
 The miniature of experiments/fbi_llm.py: for each seed a full-precision teacher, then its fully binarized students by
-autoregressive distillation (FBI-LLM, arXiv 2407.07093, eq. 7): one with the teacher in memory, one from the table of
-its k likeliest tokens for each k. Prints held-out losses and their differences to the live teacher's, by seed, the
-bytes that a token takes on disk, and tokens/s as the record has them (medians of rows, without the first; runs of one
-seed take turns, one process each). Interrupted, it goes on; needs about two minutes a seed and k.
+autoregressive distillation (FBI-LLM, arXiv 2407.07093, eq. 7): one with the teacher in memory, one from each table
+(`64`: its 64 likeliest tokens; `64:16`: 16 of the 64 drawn from the others). Prints held-out losses and their
+differences to the live teacher's, by seed, the bytes that a token takes on disk, and tokens/s as the record has them
+(medians of rows, without the first; runs of one seed take turns, one process each). Interrupted it goes on; needs about
+two minutes a seed and table.
 """
 
 import argparse
@@ -44,39 +45,41 @@ def rate(directory: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--ks", default="64,8")
+    parser.add_argument("--tables", default="64,64:16", help="k or k:drawn, joined by commas")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--root", type=Path, default=Path("runs/offline"))
     options = parser.parse_args()
     if options.steps < 2 * EVERY:
         parser.error(f"--steps {options.steps} gives too few rows for a rate; take at least {2 * EVERY}")
-    ks = [int(k) for k in options.ks.split(",")]
-    losses: dict[int, list[float]] = {k: [] for k in (0, *ks)}
-    rates: dict[int, list[float]] = {k: [] for k in (0, *ks)}
-    stored: dict[int, str] = {}
+    kinds = ["live", *options.tables.split(",")]
+    losses: dict[str, list[float]] = {kind: [] for kind in kinds}
+    rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+    stored: dict[str, str] = {}
     for seed in range(options.seeds):
         seeds = (f"seed={seed}", f"data.seed={seed}")
         teacher = options.root / f"teacher-s{seed}"
         train(teacher, options.steps, "policy=fp", *seeds)
-        for k in (0, *ks):
-            source = teacher if not k else options.root / f"table-{k}-s{seed}"
-            if k:
-                fbi("teach", teacher, "--out", source, "--k", k)
+        for kind in kinds:
+            name = kind.replace(":", "-of-")
+            source = teacher if kind == "live" else options.root / f"table-{name}-s{seed}"
+            if source != teacher:
+                k, _, drawn = kind.partition(":")
+                fbi("teach", teacher, "--out", source, "--k", k, "--drawn", drawn or 0)
                 on_disk = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
                 meta = json.loads((source / "meta.json").read_text())
-                stored[k] = f"{meta['bytes_per_token']:.1f} of {on_disk / 1e6:.0f} MB"
-            student = options.root / (f"student-{k}-s{seed}" if k else f"student-live-s{seed}")
+                stored[kind] = f"{meta['bytes_per_token']:.1f} of {on_disk / 1e6:.0f} MB"
+            student = options.root / f"student-{name}-s{seed}"
             where = f"teacher={source.resolve()}"
-            losses[k].append(train(student, options.steps, "policy=fbi", "loss=ad", where, *seeds))
-            rates[k].append(rate(student))
-    print("\nk      loss by seed              less live: mean, spread   tokens/s  bytes a token")
-    for k, found in losses.items():
-        paired = [a - b for a, b in zip(found, losses[0], strict=True)]
+            losses[kind].append(train(student, options.steps, "policy=fbi", "loss=ad", where, *seeds))
+            rates[kind].append(rate(student))
+    print("\ntable  loss by seed              less live: mean, spread   tokens/s  bytes a token")
+    for kind, found in losses.items():
+        paired = [a - b for a, b in zip(found, losses["live"], strict=True)]
         spread = statistics.stdev(paired) if len(paired) > 1 else float("nan")
         by_seed = " ".join(f"{loss:.4f}" for loss in found)
-        print(f"{k or 'live':<6} {by_seed:25} {statistics.mean(paired):+.4f}, {spread:.4f}           "
-              f"{statistics.median(rates[k]):8,.0f}  {stored.get(k, '')}")  # fmt: skip
-    live = losses[0]
+        print(f"{kind:<6} {by_seed:25} {statistics.mean(paired):+.4f}, {spread:.4f}           "
+              f"{statistics.median(rates[kind]):8,.0f}  {stored.get(kind, '')}")  # fmt: skip
+    live = losses["live"]
     if len(live) > 1:
         print(f"spread of the live teacher's students over seeds: {statistics.stdev(live):.4f}")
 

@@ -16,6 +16,7 @@ def teach(
     directory: RunDirectory,
     out: Path,
     k: int = 64,
+    drawn: int = 0,
     dtype: str = "float16",
     student: Student = "",
     assignments: Set = (),
@@ -33,7 +34,8 @@ def teach(
     Args:
         directory: The run directory of the teacher.
         out: The folder of the table.
-        k: Tokens kept at each position; of the others, the sum of their probabilities.
+        k: Tokens kept at each position, the likeliest; of the others, the sum of their probabilities.
+        drawn: How many of the k are drawn from those others instead and stand for them: unbiased for ad and kl.
         dtype: Of log-probabilities, float16 or float32.
         student: Config or run directory whose data the table is of; empty: the teacher's own.
         assignments: Replaces a field of the data, such as data.window=256.
@@ -51,12 +53,14 @@ def teach(
         raise InputError(f"fbi teach takes fields of the data alone, as --set data.window=256, not {other[0]!r}")
     place = Path(student or directory)
     run = read_run(place) if place.is_dir() or not student else parse_config(read_json(place), str(place))
-    teaching = Teaching(k=k, dtype=dtype, batch=batch, shard=shard, mesh=mesh, line_every=line_every)
+    teaching = Teaching(k=k, drawn=drawn, dtype=dtype, batch=batch, shard=shard, mesh=mesh, line_every=line_every)
     table = teach(directory, out, overlay(run, assignments).data, teaching)
     predictions = table.windows * table.layout.window
     size = sum(row["bytes"] for row in table.meta["shards"])
+    draws = f" and {drawn} drawn from the others" if drawn else ""
     print(
-        f"{out}: done, {table.windows:,} windows, {predictions:,} tokens, the {k} likeliest of {table.layout.vocab:,}; "
+        f"{out}: done, {table.windows:,} windows, {predictions:,} tokens, "
+        f"the {k - drawn} likeliest of {table.layout.vocab:,}{draws}; "
         f"{size / 1e6:,.1f} MB, {table.meta['bytes_per_token']:.1f} bytes/token "
         f"({table.layout.bytes_per_token} before compression), {len(table.meta['shards'])} file(s)"
     )

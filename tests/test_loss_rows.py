@@ -13,7 +13,7 @@ from fbi.errors import InputError
 from fbi.loss import Loss, Outputs, Readout, chunked, completed, distillation, forward_kl, from_rows
 from fbi.model.dense import Product
 from fbi.train import mesh as meshes
-from fbi.train.teach import top
+from fbi.train.likeliest import sampled, top
 
 OVER_LOGITS = "0.5*ce + 0.5*ad:temperature=2 + kl + 2*rkl + 0.7*cakld:beta=0.3"
 
@@ -78,6 +78,54 @@ def test_the_divergence_is_too_small_by_that_within_the_tail(x64):
     assert (within > 0).all()
 
 
+def expected_by(out, k, drawn, function, grid=2000):
+    """The mean of what `function` makes of drawn rows, over a grid of where the draws start."""
+    starts = (np.arange(grid) + 0.5) / grid
+    rows = lambda start: Rows(*sampled(out.teacher_logits, k, drawn, jnp.full((B, T), start)))
+    return jnp.mean(jax.lax.map(lambda start: function(rows(start)), starts), 0)
+
+
+def test_what_is_drawn_expects_the_teacher_and_every_gradient_linear_in_it(x64):
+    out, k, drawn = outputs(), 5, 3
+    p = expected_by(out, k, drawn, lambda rows: jax.nn.softmax(completed(out.logits, rows), -1))
+    close(p, softmax(out.teacher_logits), 2e-3)
+    for text in ("ad", "kl", "mix"):
+        loss = Loss.parse(text)
+        assert all(term.registered.linear(dict(term.options)) for term in loss.terms if term.registered.needs_teacher)
+        slope = jax.grad(lambda x, logits, loss=loss: loss(out._replace(logits=x, teacher_logits=logits))[0])
+        found = expected_by(out, k, drawn, lambda rows, slope=slope: slope(out.logits, completed(out.logits, rows)))
+        close(found, slope(out.logits, out.teacher_logits), 2e-3)
+    lumped = completed(out.logits, Rows(*top(out.teacher_logits, k)))
+    assert float(jnp.abs(jax.nn.softmax(lumped, -1) - softmax(out.teacher_logits)).max()) > 0.02
+    for text in ("rkl", "cakld:beta=0.5", "ad:temperature=2", "ad:top_k=3", "kl:temperature=2"):
+        (term,) = Loss.parse(text).terms
+        assert not term.registered.linear(dict(term.options))
+
+
+def test_draws_are_spread_over_the_tail_by_hand():
+    """Of the tail 0.2, 0.1, 0.1 (in the order of ids) four draws find the first twice, the others once each."""
+    p = jnp.array([[[0.2, 0.6, 0.1, 0.1]]])
+    for start in (0.0, 0.3, 0.999):
+        rows = Rows(*sampled(jnp.log(p), 5 - 1, 3, jnp.full((1, 1), start)))
+        assert rows.indices[0, 0, 0] == 1
+        close(jnp.sum(jnp.exp(rows.logp), -1), [[1.0]], 1e-6)
+        assert bool(jnp.all(jnp.isneginf(rows.tail)))
+    rows = Rows(*sampled(jnp.log(p), 5, 4, jnp.full((1, 1), 0.5)))
+    np.testing.assert_array_equal(rows.indices, [[[1, 0, 0, 2, 3]]])
+    close(jnp.exp(rows.logp), [[[0.6, 0.2, 0, 0.1, 0.1]]], 1e-6)
+    own = jnp.zeros((1, 1, 4))
+    read = Layout(1, 4, 4).unpack(Layout(1, 4, 4).pack(Rows(*sampled(jnp.log(p), 4, 3, jnp.full((1, 1), 0.4)))))
+    assert bool(jnp.all(jnp.isfinite(read.logp)))
+    close(jnp.sum(jax.nn.softmax(completed(own, Rows(*map(jnp.asarray, read))), -1)[..., 1]), 0.6, 1e-3)
+
+
+def test_draws_from_no_mass_have_none():
+    logits = jnp.array([[[0.0, 1.0, -jnp.inf, -jnp.inf, -jnp.inf]]])
+    rows = Rows(*sampled(logits, 4, 2, jnp.full((1, 1), 0.7)))
+    np.testing.assert_array_equal(jnp.exp(rows.logp[..., 2:]), [[[0, 0]]])
+    close(jax.nn.softmax(completed(jnp.zeros((1, 1, 5)), rows), -1), jax.nn.softmax(logits), 1e-6)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("float32", 1e-6)])
 def test_stored_rows_give_the_loss_back(dtype, tolerance):
     out = outputs()
@@ -116,6 +164,8 @@ def test_a_token_costs_so_many_bytes():
         Layout(128, 64, 65)
     with pytest.raises(InputError, match="unknown type of log-probabilities 'bf16'; valid: float16, float32"):
         Layout(128, 64, 4, "bf16")
+    with pytest.raises(InputError, match="drawn=4 must be at least 0 and below k=4, of which it is a part"):
+        Layout(128, 64, 4, drawn=4)
 
 
 @pytest.mark.slow

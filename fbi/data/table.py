@@ -14,6 +14,7 @@ import numpy as np
 from fbi.data.loader import Batches
 from fbi.data.windows import Windows
 from fbi.errors import InputError, unknown
+from fbi.fields import later
 from fbi.files import content_hash, read_json
 
 FORMAT = 1
@@ -25,11 +26,12 @@ class Rows(NamedTuple):
     """What a table says of a batch of windows: arrays of NumPy or of JAX."""
 
     indices: Any
-    """[b, t, k] token ids, the likeliest first; uint16, or uint32 for a vocabulary above 65,536."""
+    """[b, t, k] token ids, the likeliest first, then those drawn; uint16, or uint32 for a vocabulary above 65,536."""
     logp: Any
-    """[b, t, k] their log-probabilities in nats; float16 or float32."""
+    """[b, t, k] their log-probabilities in nats, of drawn ones the estimated; float16 or float32."""
     tail: Any
-    """[b, t] the logarithm of the probability of all other tokens together, in the type of `logp`."""
+    """[b, t] the logarithm of the probability of all other tokens together, in the type of `logp`; none where drawn
+    tokens stand for them."""
 
 
 class Taught(NamedTuple):
@@ -48,12 +50,16 @@ class Layout:
     vocab: int
     k: int
     dtype: str = "float16"
+    drawn: int = later(0)
+    """Of the k: how many are drawn from the tail, the others being the likeliest."""
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise unknown("type of log-probabilities", self.dtype, DTYPES)
         if not 1 <= self.k <= self.vocab:
             raise InputError(f"k={self.k} must be at least 1 and at most the vocabulary of {self.vocab} tokens")
+        if not 0 <= self.drawn < self.k:
+            raise InputError(f"drawn={self.drawn} must be at least 0 and below k={self.k}, of which it is a part")
 
     @property
     def index(self) -> np.dtype:

@@ -25,10 +25,16 @@ def _no_features(options: Options) -> tuple[str, ...]:
     return ()
 
 
+def _as_it_is(options: Options) -> bool:
+    """Whether the teacher is neither softened nor cut."""
+    return options.get("temperature", 1) == 1 and not options.get("top_k")
+
+
 class Kind(NamedTuple):
     """A registered term: its function of `Outputs`, whether it needs a teacher, its options, the features it looks at.
 
-    `whole_batch` says for which options its value at one position depends on the other sequences of the batch.
+    `whole_batch` says for which options its value at one position depends on the other sequences of the batch; `linear`
+    for which its gradient is linear in the teacher's probabilities: where estimates of these are unbiased, it is.
     """
 
     term: Callable[..., Array]
@@ -36,6 +42,7 @@ class Kind(NamedTuple):
     options: dict[str, Option] = {}  # noqa: RUF012
     features: Callable[[Options], tuple[str, ...]] = _no_features
     whole_batch: Callable[[Options], bool] = lambda options: False
+    linear: Callable[[Options], bool] = lambda options: False
 
 
 TEMPERATURE = Option(float, lambda value: 0 < value < math.inf, "above 0 and finite")
@@ -52,8 +59,8 @@ _PROJECTIONS = tuple(f"layers.*.{name}" for name in features.PROJECTIONS)
 
 KINDS: dict[str, Kind] = {
     "ce": Kind(logits.next_token, False),
-    "ad": Kind(logits.distillation, True, {"temperature": TEMPERATURE, "top_k": TOP_K}),
-    "kl": Kind(logits.forward_kl, True, {"temperature": TEMPERATURE}),
+    "ad": Kind(logits.distillation, True, {"temperature": TEMPERATURE, "top_k": TOP_K}, linear=_as_it_is),
+    "kl": Kind(logits.forward_kl, True, {"temperature": TEMPERATURE}, linear=_as_it_is),
     "rkl": Kind(logits.reverse_kl, True, {"temperature": TEMPERATURE}),
     "cakld": Kind(
         logits.confidence_aware_kl,

@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 from fbi.data.table import Rows
 from fbi.model.dense import Product
 
+_NOTHING = 6e4
+
 
 class Lesson(NamedTuple):
     """A teacher over one batch; `logits(fixed, pieces, own)` are its logits where `own` [b, t, v] are the student's.
@@ -65,7 +67,8 @@ def completed(own: Float[Array, "b t v"], rows: Rows) -> Float[Array, "b t v"]:
     is too small by p_T(tail) KL(T within the tail || S within the tail), never too large (the chain rule), and the
     cross-entropy's value has the student's entropy of the tail in place of its cross-entropy to the teacher's. With k =
     v there is no bias. Renormalising over K instead (`ad:top_k`) teaches that the tail has no mass: a bias that
-    training does not remove (Anshumann et al., arXiv 2503.16870). At a temperature, p is softened as it is here.
+    training does not remove (Anshumann et al., arXiv 2503.16870). At a temperature, p is softened as it is here. Where
+    K holds tokens drawn from the tail (`fbi.train.likeliest.sampled`), which then has no mass, there is no bias.
     """
     own = jax.lax.stop_gradient(own)
     mesh, (batch, time, vocabulary) = jax.sharding.get_abstract_mesh(), jax.typeof(own).sharding.spec
@@ -77,7 +80,7 @@ def completed(own: Float[Array, "b t v"], rows: Rows) -> Float[Array, "b t v"]:
         at = indices.astype(jnp.int32) - (jax.lax.axis_index(names) * v if names else 0)
         at = jnp.where((at >= 0) & (at < v), at, v)
         where = jnp.arange(b)[:, None, None], jnp.arange(t)[None, :, None], at
-        return jnp.full_like(own, -jnp.inf).at[where].set(logp.astype(own.dtype), mode="drop")
+        return jnp.full_like(own, -jnp.inf).at[where].max(logp.astype(own.dtype), mode="drop")
 
     if not mesh.empty:
         spec = jax.P(batch, time, None)
@@ -86,5 +89,6 @@ def completed(own: Float[Array, "b t v"], rows: Rows) -> Float[Array, "b t v"]:
     likeliest = placed(own, rows.indices, rows.logp)
     kept = likeliest > -jnp.inf
     others = jax.nn.logsumexp(jnp.where(kept, -jnp.inf, own), axis=-1)
-    shift = rows.tail.astype(own.dtype) - others  # infinite where K is the whole vocabulary, and then not used
-    return jnp.where(kept, likeliest, own + jnp.where(jnp.isfinite(shift), shift, 0)[..., None])
+    shift = rows.tail.astype(own.dtype) - others  # not a number where K is the whole vocabulary, and then not used
+    # A tail of no mass is given a finite logarithm, as in a table: an infinite one times no probability is no number.
+    return jnp.where(kept, likeliest, own + jnp.clip(jnp.nan_to_num(shift), -_NOTHING, _NOTHING)[..., None])

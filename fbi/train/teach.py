@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from fbi.data import DataConfig, Windows
 from fbi.data import config as data_config
 from fbi.data.table import FORMAT, META, PLAN, Layout, Rows, Table, shard_path, source_of
 from fbi.errors import InputError
+from fbi.fields import hashed
 from fbi.files import claimed, file_hash, make_directory, read_json, write_json
 from fbi.model import Model, Params
 from fbi.train import mesh as meshes
 from fbi.train.checkpoint import Checkpoints, fingerprint
 from fbi.train.compose import prepared
+from fbi.train.likeliest import sampled, top
 from fbi.train.load import check_teacher, load_teacher
 from fbi.train.progress import Reporter
 from fbi.train.run import differences
@@ -36,10 +37,12 @@ SHARD_BYTES = 128 << 20  # of a shard, about, where its windows are not given
 
 @dataclasses.dataclass(frozen=True)
 class Teaching:
-    """How a table is made. What changes its content: `k` and `dtype`."""
+    """How a table is made. What changes its content: `k`, `drawn` and `dtype`."""
 
     k: int = 64
-    """Tokens kept at each position, the likeliest ones."""
+    """Tokens kept at each position."""
+    drawn: int = 0
+    """Of these, how many are drawn from the tail; the others are the likeliest. See `sampled`."""
     dtype: str = "float16"
     """Of log-probabilities: float16 or float32."""
     batch: int = 32
@@ -62,7 +65,7 @@ def teach(directory: str | Path, out: str | Path, data: DataConfig, teaching: Te
     data_config.check(data)
     run = dataclasses.replace(read_run(directory), teacher=str(directory), data=data)
     check_teacher(run)
-    layout = Layout(data.window, run.model.vocab, teaching.k, teaching.dtype)
+    layout = Layout(data.window, run.model.vocab, teaching.k, teaching.dtype, teaching.drawn)
     for name, value, least in (("batch", teaching.batch, 1), ("shard", teaching.shard, 0)):
         if value < least:
             raise InputError(f"{name}={value} must be at least {least}")
@@ -80,7 +83,7 @@ def teach(directory: str | Path, out: str | Path, data: DataConfig, teaching: Te
         plan = {
             "format": FORMAT,
             "source": source_of(windows, data.mask_documents),
-            "layout": dataclasses.asdict(layout),
+            "layout": hashed(layout),
             "teacher": {
                 "run": read_run(directory).hash,
                 "step": Checkpoints(directory / "checkpoints").steps[-1],
@@ -89,41 +92,45 @@ def teach(directory: str | Path, out: str | Path, data: DataConfig, teaching: Te
             "shard": shard,
         }
         separator = windows.tokenizer.separator if data.mask_documents else None
-        rows = likeliest(model, layout.k, separator)
+        rows = told(model, layout, separator)
         with claimed(make_directory(out) / ".lock") as lock:
             if lock is None:
                 raise InputError(f"{out} is in use by another process; wait for it or stop it")
             _begin(out, plan)
-            _write(out, windows, layout, shard, teaching, lambda tokens: rows(params, meshes.put_batch(tokens, mesh)))
+
+            def compute(*batch: np.ndarray) -> Rows:
+                return rows(params, *(meshes.put_batch(part, mesh) for part in batch))
+
+            _write(out, windows, layout, shard, teaching, compute)
             return _finish(out, plan)
 
 
-def likeliest(model: Model, k: int, separator: int | None) -> Callable[[Params, Int[Array, "b t"]], Rows]:
-    """The compiled function (params, tokens [b, t]) -> `Rows`: the k likeliest next tokens, in float32 at least."""
+def told(
+    model: Model, layout: Layout, separator: int | None
+) -> Callable[[Params, Int[Array, "b 1"], Int[Array, "b t"]], Rows]:
+    """The compiled function (params, numbers of windows [b, 1], tokens [b, t]) -> `Rows`, in float32 at least.
+
+    What is drawn depends on the number of the window alone.
+    """
+
+    def start(number: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(jax.random.key(0), number), (layout.window,))
+
+    def of_part(numbers: Array, logits: Array) -> Rows:
+        if not layout.drawn:
+            return Rows(*top(logits, layout.k))
+        return Rows(*sampled(logits, layout.k, layout.drawn, jax.vmap(start)(numbers[:, 0])))
 
     @jax.jit
-    def rows(params: Params, tokens: Array) -> Rows:
+    def rows(params: Params, numbers: Array, tokens: Array) -> Rows:
         logits = model.apply(params, tokens, documents_of(tokens, separator))
         split = jax.P(jax.typeof(logits).sharding.spec[0], None, None)
         # Each device has whole rows: top-k and scatter run on them as they lie.
         return jax.shard_map(
-            lambda part: Rows(*top(part, k)), in_specs=split, out_specs=Rows(split, split, jax.P(*split[:2]))
-        )(jax.sharding.reshard(logits, split))
+            of_part, in_specs=(jax.P(*split[:2]), split), out_specs=Rows(split, split, jax.P(*split[:2]))
+        )(numbers, jax.sharding.reshard(logits, split))
 
     return rows
-
-
-def top(
-    logits: Float[Array, "b t v"], k: int
-) -> tuple[Int[Array, "b t k"], Float[Array, "b t k"], Float[Array, "b t"]]:
-    """Ids and log-probabilities of the k likeliest, and the logarithm of the mass of all others (-inf: there are none).
-
-    The mass is summed over the others, not subtracted from 1: a small one keeps its digits.
-    """
-    logp = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
-    values, indices = jax.lax.top_k(logp, k)
-    others = jnp.put_along_axis(logp, indices, -jnp.inf, axis=-1, inplace=False)
-    return indices, values, jax.nn.logsumexp(others, axis=-1)
 
 
 def _finish(out: Path, plan: dict[str, Any]) -> Table:
@@ -162,9 +169,9 @@ def _begin(out: Path, plan: dict[str, Any]) -> None:
 
 
 def _write(
-    out: Path, windows: Windows, layout: Layout, shard: int, teaching: Teaching, compute: Callable[[np.ndarray], Rows]
+    out: Path, windows: Windows, layout: Layout, shard: int, teaching: Teaching, compute: Callable[..., Rows]
 ) -> None:
-    """Makes the shards that are not there yet."""
+    """Makes the shards that are not there yet; `compute` is told the numbers of windows [b, 1] and their tokens."""
     count, source = windows.count("train"), windows.source("train")
     parts = [range(first, min(first + shard, count)) for first in range(0, count, shard)]
     missing = [(number, part) for number, part in enumerate(parts) if not shard_path(out, number).exists()]
@@ -179,8 +186,10 @@ def _write(
                     records = source.__getitems__(chosen)
                     tokens = np.frombuffer(b"".join(records), windows.dtype).reshape(len(chosen), -1)[:, :-1]
                     # The last batch is filled up: one compiled program for all.
-                    full = np.pad(tokens.astype(np.int32), ((0, teaching.batch - len(chosen)), (0, 0)))
-                    rows = Rows(*(np.asarray(x)[: len(chosen)] for x in jax.device_get(compute(full))))
+                    full = ((0, teaching.batch - len(chosen)), (0, 0))
+                    numbers = np.asarray(chosen, np.int32)[:, None]
+                    computed = compute(np.pad(numbers, full), np.pad(tokens.astype(np.int32), full))
+                    rows = Rows(*(np.asarray(x)[: len(chosen)] for x in jax.device_get(computed)))
                     for record in layout.pack(rows):
                         writer.write(record)
                     done += len(chosen)

@@ -113,6 +113,11 @@ def check_table(folder: str, loss: Loss) -> Table:
                 f"{term.kind}:top_k={dict(term.options)['top_k']} has no use with the table {folder}, which holds the "
                 f"{table.layout.k} likeliest tokens and the mass of all others; drop top_k, or make one of another k"
             )
+        if table.layout.drawn and term.registered.needs_teacher and not term.registered.linear(dict(term.options)):
+            raise InputError(
+                f"{term.kind} as given would be biased by the table {folder}, in which {table.layout.drawn} drawn "
+                "tokens stand for the tail; take ad or kl at temperature 1, or make a table with --drawn 0"
+            )
     return table
 
 

@@ -1,5 +1,6 @@
 """Learning from a table of what a teacher said: made by real processes, some of them killed."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -23,7 +24,8 @@ from support import (
 import fbi
 from fbi.cli import main
 from fbi.data import prepare
-from fbi.data.table import META, Table
+from fbi.data.table import META, Rows, Table
+from fbi.errors import InputError
 from fbi.train import Execution
 
 pytestmark = pytest.mark.slow
@@ -138,6 +140,31 @@ def test_a_killed_teacher_goes_on_and_writes_the_same_bytes(home, teacher, table
     assert mine == theirs
     assert made(teacher, out, "--k", str(KEPT)).hash == table.hash  # finished, it does nothing
     assert files(out) == mine
+
+
+def test_tokens_drawn_from_the_tail_teach_and_are_drawn_again_alike(home, teacher, table, whole, capsys):
+    out = home.folder / "drawn"
+    drawn = made(teacher, out, "--k", str(KEPT), "--drawn", "30")
+    assert f"the {KEPT - 30} likeliest of 300 and 30 drawn from the others; " in capsys.readouterr().out
+    assert drawn.layout == dataclasses.replace(table.layout, drawn=30)
+    every = range(drawn.windows)
+    found, true = drawn.rows(every), whole.rows(every)
+    np.testing.assert_allclose(np.exp(found.logp.astype(float)).sum(-1), 1, atol=2e-3)
+    spread = lambda kept: np.bincount(kept.indices.ravel(), np.exp(kept.logp.astype(float)).ravel(), 300)
+    off = np.abs(spread(found) - spread(true)).sum() / spread(true).sum()
+    likeliest = Rows(found.indices[..., :10], found.logp[..., :10], None)
+    assert 0 < off < 0.05 * np.abs(spread(likeliest) - spread(true)).sum() / spread(true).sum()
+    before = files(out)
+    (out / META).unlink()
+    (out / "shards" / "00001.array_record").unlink()
+    assert made(teacher, out, "--k", str(KEPT), "--drawn", "30").hash == drawn.hash
+    assert files(out) == before
+    record = rows(trained(student(home, out, loss="ad + 0.1*kl", steps=20), home.folder / "by-draws"), "train")
+    assert record[-1]["ad"] < record[0]["ad"]
+    refusal = student(home, out, loss="ad + rkl")
+    with pytest.raises(InputError, match=r"rkl as given would be biased by the table .* with --drawn 0"):
+        fbi.train(refusal, home.folder / "biased", EXECUTION)
+    assert not (home.folder / "biased").exists()
 
 
 def test_a_student_without_its_teacher_learns_and_goes_on_after_a_kill(home, teacher, table):
