@@ -32,6 +32,16 @@ def test_terms_are_their_formulas_and_by_hand(x64):
     close(separability(hand), np.full((B, T), (4 + 4 + 6.25 + 100 + 16) / 5))
 
 
+def test_the_task_of_a_loss_is_what_its_regularizers_leave(x64):
+    out = scored(drawn())
+    loss = Loss.parse("0.5*ce + 0.5*efficiency + 2*separability")
+    sums = {name: float(value) for name, value in loss(out)[1].items()}
+    assert loss.task(sums) == 0.5 * sums["ce"] < sums["loss"] - 1
+    for text in ("ce", "efficiency + separability"):  # nothing to leave out, nothing left
+        sums = {name: float(value) for name, value in Loss.parse(text)(out)[1].items()}
+        assert Loss.parse(text).task(sums) == sums["loss"]
+
+
 @pytest.mark.parametrize("text", ["efficiency", "separability", "separability:tau=0.3,floor=0.001"])
 def test_gradients_are_the_finite_differences(text, x64):
     loss, scores = Loss.parse(text), drawn(1)

@@ -34,7 +34,8 @@ class Kind(NamedTuple):
     """A registered term: its function of `Outputs`, whether it needs a teacher, its options, the features it looks at.
 
     `whole_batch` says for which options its value at one position depends on the other sequences of the batch; `linear`
-    for which its gradient is linear in the teacher's probabilities: where estimates of these are unbiased, it is.
+    for which its gradient is linear in the teacher's probabilities: where estimates of these are unbiased, it is. A
+    `regularizer` says how to get there, not what is learned: it may rise while the model gets better.
     """
 
     term: Callable[..., Array]
@@ -43,6 +44,7 @@ class Kind(NamedTuple):
     features: Callable[[Options], tuple[str, ...]] = _no_features
     whole_batch: Callable[[Options], bool] = lambda options: False
     linear: Callable[[Options], bool] = lambda options: False
+    regularizer: bool = False
 
 
 TEMPERATURE = Option(float, lambda value: 0 < value < math.inf, "above 0 and finite")
@@ -75,12 +77,18 @@ KINDS: dict[str, Kind] = {
         {"hidden": WEIGHT, "layers": LAYERS},
         lambda options: (*_PROJECTIONS, _STREAM) if options.get("hidden", 1.0) else _PROJECTIONS,
     ),
-    "efficiency": Kind(routing.efficiency, False, {}, lambda options: (_ROUTER,)),
+    "efficiency": Kind(routing.efficiency, False, {}, lambda options: (_ROUTER,), regularizer=True),
     "prediction": Kind(
         routing.prediction,
         False,
         {"sparsity": BETWEEN},
         lambda options: (f"layers.*.{routing.LOGITS}", f"layers.*.{routing.UNITS}"),
     ),
-    "separability": Kind(routing.separability, False, {"tau": BETWEEN, "floor": POSITIVE}, lambda options: (_ROUTER,)),
+    "separability": Kind(
+        routing.separability,
+        False,
+        {"tau": BETWEEN, "floor": POSITIVE},
+        lambda options: (_ROUTER,),
+        regularizer=True,
+    ),
 }

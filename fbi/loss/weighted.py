@@ -134,6 +134,13 @@ class Loss:
             found["floor"] = teacher_entropy(out)
         return found | values
 
+    def task(self, sums: Mapping[str, float]) -> float:
+        """Of the sums that `__call__` gives, the loss without its regularizers; whole where it has nothing else."""
+        terms = [term for term in self.terms if not term.registered.regularizer]
+        if len(terms) in (0, len(self.terms)):
+            return sums["loss"]
+        return sum(term.weight * sums[self._label(term)] for term in terms)
+
     @property
     def split(self) -> "tuple[Loss, Loss]":
         """Its terms over logits, and those over features."""

@@ -8,6 +8,7 @@ read and recorded with its metrics.
 
 import contextlib
 import dataclasses
+import math
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from fbi.analysis.diagnostics import Diagnostics
 from fbi.data.loader import Batches, merge_ranges
 from fbi.data.table import TaughtBatches
 from fbi.errors import InputError
+from fbi.loss import Loss
 from fbi.train.checkpoint import Checkpoints
 from fbi.train.goodput import Clock
 from fbi.train.grace import Grace
@@ -99,6 +101,7 @@ class Loop:
 
     def __post_init__(self):
         self.guard = Guard(self.run.guard)
+        self.task = Loss.parse(self.run.loss).task  # what the guard watches
         self.skipped: tuple[tuple[int, int], ...] = ()
         self.returns = 0
         self.sums: dict[str, float] = {}  # of the row being gathered
@@ -223,7 +226,8 @@ class Loop:
             return None
         step, sums = pending[0], {name: float(value) for name, value in jax.device_get(pending[1]).items()}
         self.loss = loss = sums["loss"] / sums["count"]
-        if fault := self.guard.fault(loss, sums["grad_norm"]):
+        task = self.task(sums) / sums["count"] if math.isfinite(loss) else loss
+        if fault := self.guard.fault(task, sums["grad_norm"]):
             return fault
         self.clock.step()
         for name, value in (sums | {"steps": 1.0}).items():

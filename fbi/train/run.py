@@ -22,7 +22,10 @@ class GuardConfig:
     """When training returns to its last checkpoint and skips the data since (FBI-LLM, arXiv 2407.07093, section 4)."""
 
     spike: float = 2.0
-    """Nats by which a step's loss may exceed its running mean; a non-finite loss or gradient always counts."""
+    """Nats by which a step's loss, without its regularizers, may exceed its running mean.
+
+    A non-finite loss or gradient always counts.
+    """
     retries: int = 3
     """How often in one run, before it is given up."""
 
