@@ -1,10 +1,12 @@
 """What a checkpoint every 20 steps costs: stretches of training with one and without, in turns, in one process.
 
-    python benchmarks/checkpoint.py [--pairs 5] [--every 20]
+    python benchmarks/checkpoint.py [--pairs 30] [--every 20] [--steps 4]
 
 A stretch with a checkpoint begins with `Checkpoints.save` and ends when the file is whole, so that no stretch pays for
-another's. The steps are those of `micro` with batches of 8 x 256 tokens; metrics are read one step late, as the loop
-does. Medians over pairs; CPU time stands beside wall time, since on a busy machine only that holds still.
+another's; it is shorter than the steps between checkpoints, as the noise of steps that no checkpoint touches would hide
+what it costs. The steps are those of `micro`, of batches of 8 x 256 tokens; metrics are read one step late as in the
+loop. Medians of the differences of pairs, with the error of the median; CPU time stands beside wall time, since on a
+busy machine that holds stiller.
 """
 
 import argparse
@@ -44,8 +46,9 @@ class Stretch(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a stretch")
     parser.add_argument("--policy", default="fbi")
     options = parser.parse_args()
     model, tx = Model(preset("micro"), Policy.parse(options.policy)), optim.build(optim.OptimizerConfig(), 10_000)
@@ -68,7 +71,7 @@ def main() -> None:
                 number += 1
                 checkpoints.save(number, state, {})
                 held = time.perf_counter() - began
-            for _ in range(options.every):
+            for _ in range(options.steps):
                 state, sums = step(state, None, tokens, progress)
                 if pending is not None:
                     jax.block_until_ready(pending)
@@ -88,16 +91,21 @@ def main() -> None:
                 state, found[save] = stretch(state, save)
             if turn:
                 pairs.append((found[False], found[True]))
-                print(f"pair {turn}: {found[False].wall:.2f} s without, {found[True].wall:.2f} s with", flush=True)
+                cost = found[True].wall - found[False].wall
+                print(f"pair {turn}: {found[False].wall:.2f} s without, {cost:+.2f} s with", flush=True)
         took = checkpoints.took or 0.0
         checkpoints.close()
     median = lambda values: statistics.median(list(values))  # noqa: E731
-    plain = median(a.wall for a, _ in pairs)
-    print(f"state {size:.0f} MB; a step {1e3 * plain / options.every:.0f} ms; written in {took:.2f} s")
-    print(f"share of wall time {100 * median(b.wall / a.wall - 1 for a, b in pairs):+.2f} %, "
-          f"of CPU time {100 * median(b.cpu / a.cpu - 1 for a, b in pairs):+.2f} %")  # fmt: skip
-    print(f"within save {1e3 * median(b.held for _, b in pairs):.0f} ms "
-          f"({100 * median(b.held for _, b in pairs) / plain:.2f} %); "
+    print(f"state {size:.0f} MB; a step {1e3 * median(a.wall for a, _ in pairs) / options.steps:.0f} ms; "
+          f"written in {took:.2f} s")  # fmt: skip
+    for name in ("wall", "cpu"):
+        every = median(getattr(a, name) for a, _ in pairs) / options.steps * options.every
+        costs = [getattr(b, name) - getattr(a, name) for a, b in pairs]
+        low, _, high = statistics.quantiles(costs, n=4)
+        error = 1.25 * (high - low) / 1.35 / len(costs) ** 0.5  # of a median of normal values, by their quartiles
+        print(f"{name}: {median(costs):+.3f} s a checkpoint (quartiles {low:+.3f}, {high:+.3f}): "
+              f"{100 * median(costs) / every:.2f} +- {100 * error / every:.2f} % of {options.every} steps")  # fmt: skip
+    print(f"within save {1e3 * median(b.held for _, b in pairs):.0f} ms; "
           f"the step after it {1e3 * median(b.first - a.first for a, b in pairs):+.0f} ms; "
           f"still writing after the last step {1e3 * median(b.tail for _, b in pairs):.0f} ms")  # fmt: skip
 
