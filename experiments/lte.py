@@ -123,7 +123,7 @@ def runs() -> list[Run]:
         **lte("random-groups-50", half, grouping="random"),
         **lte("coactivation-50", half, grouping="coactivation"),
         **lte("lambda0-50", half, loss="ce + 0.5*efficiency"),
-        # the guard watches the whole loss, of which separability, 1 / (G - tau)², may rise by any amount
+        # as in docs/results, from when the guard watched separability too, which may rise by any amount
         **lte("lambda05-50", half, loss="ce + 0.5*efficiency + 0.5*separability", **{"guard.spike": 1e3}),
     }
     for percent in ("30", "70"):

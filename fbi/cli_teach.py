@@ -16,7 +16,7 @@ def teach(
     directory: RunDirectory,
     out: Path,
     k: int = 64,
-    drawn: int = 0,
+    drawn: int | None = None,
     dtype: str = "float16",
     student: Student = "",
     assignments: Set = (),
@@ -25,17 +25,18 @@ def teach(
     mesh: str = "",
     line_every: float = 10.0,
 ) -> None:
-    """Write a finished run's likeliest next tokens for every training window, once; students then learn from these.
+    """Write what a finished run says of the next token in every training window, once; students then learn from that.
 
-    For example: fbi teach runs/teacher --out runs/teacher-top64 --k 64
-    Then: fbi train runs/student --set loss=ad --set teacher=runs/teacher-top64 --set policy=fbi
+    For example: fbi teach runs/teacher --out runs/teacher-64 --k 64
+    Then: fbi train runs/student --set loss=ad --set teacher=runs/teacher-64 --set policy=fbi
     Interrupted, the same command continues. The order and number of epochs of a student do not matter.
 
     Args:
         directory: The run directory of the teacher.
         out: The folder of the table.
-        k: Tokens kept at each position, the likeliest; of the others, the sum of their probabilities.
-        drawn: How many of the k are drawn from those others instead and stand for them: unbiased for ad and kl.
+        k: Tokens kept at each position: the likeliest, and some drawn from the others.
+        drawn: How many of the k are drawn (default: a quarter). They stand for the others, so that ad and kl at
+            temperature 1 are taught without bias; with 0 the sum of the others is kept, for every loss over logits.
         dtype: Of log-probabilities, float16 or float32.
         student: Config or run directory whose data the table is of; empty: the teacher's own.
         assignments: Replaces a field of the data, such as data.window=256.
@@ -57,10 +58,10 @@ def teach(
     table = teach(directory, out, overlay(run, assignments).data, teaching)
     predictions = table.windows * table.layout.window
     size = sum(row["bytes"] for row in table.meta["shards"])
-    draws = f" and {drawn} drawn from the others" if drawn else ""
+    draws = f" and {table.layout.drawn} drawn from the others" if table.layout.drawn else ""
     print(
         f"{out}: done, {table.windows:,} windows, {predictions:,} tokens, "
-        f"the {k - drawn} likeliest of {table.layout.vocab:,}{draws}; "
+        f"the {k - table.layout.drawn} likeliest of {table.layout.vocab:,}{draws}; "
         f"{size / 1e6:,.1f} MB, {table.meta['bytes_per_token']:.1f} bytes/token "
         f"({table.layout.bytes_per_token} before compression), {len(table.meta['shards'])} file(s)"
     )

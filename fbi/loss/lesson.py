@@ -68,7 +68,8 @@ def completed(own: Float[Array, "b t v"], rows: Rows) -> Float[Array, "b t v"]:
     cross-entropy's value has the student's entropy of the tail in place of its cross-entropy to the teacher's. With k =
     v there is no bias. Renormalising over K instead (`ad:top_k`) teaches that the tail has no mass: a bias that
     training does not remove (Anshumann et al., arXiv 2503.16870). At a temperature, p is softened as it is here. Where
-    K holds tokens drawn from the tail (`fbi.train.likeliest.sampled`), which then has no mass, there is no bias.
+    K holds tokens drawn from the tail (`fbi.train.likeliest.sampled`), which then has no mass, the gradient has
+    no bias; the entropy of what was drawn (`floor`) is lower than the teacher's, a divergence higher.
     """
     own = jax.lax.stop_gradient(own)
     mesh, (batch, time, vocabulary) = jax.sharding.get_abstract_mesh(), jax.typeof(own).sharding.spec

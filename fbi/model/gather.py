@@ -1,8 +1,9 @@
 """How FSDP brings a weight to the devices that multiply by it: its values, or its codes packed into bytes.
 
 Both give the same numbers. A weight is quantized where it lies, each device its own part, before it travels;
-statistics over the whole matrix are sums of sums. As codes a binary weight costs 1 bit, a ternary one 1.6 (five to a
-byte), where its values cost 16 or 32; every device then decodes all of what it uses. Scales travel as they are.
+statistics over the whole matrix are sums of sums. As codes a binary weight costs 1 bit, a ternary one 2 (five to a
+byte would be 1.6, and five times slower to read), where its values cost 16 or 32; every device then decodes all of what
+it uses. Scales travel as they are.
 """
 
 import dataclasses
@@ -74,8 +75,8 @@ def carried(encoded: Encoded, dim: int, names: tuple[str, ...]) -> Encoded:
     into = _without(jax.typeof(encoded.codes).sharding.spec, names)
 
     def local(part: Array) -> Array:
-        packed = jax.tree.map(lambda data: jax.lax.all_gather(data, names), grid.pack(part))
-        parts = jax.vmap(lambda arrays: grid.unpack(arrays, part.shape).astype(part.dtype))(packed)
+        packed = jax.tree.map(lambda data: jax.lax.all_gather(data, names), grid.pack(part, trits=False))
+        parts = jax.vmap(lambda arrays: grid.unpack(arrays, part.shape, trits=False).astype(part.dtype))(packed)
         whole = [size * parts.shape[0] if axis == dim else size for axis, size in enumerate(part.shape)]
         return jnp.moveaxis(parts, 0, dim).reshape(whole)
 

@@ -76,13 +76,13 @@ class Grid:
         """Bytes that the codes of a tensor take in a file."""
         return pack.packed_size(math.prod(shape), self.size)
 
-    def pack(self, codes: Integer[Array, "..."]) -> dict[str, UInt8[Array, "bytes"]]:
-        """The codes as dense bytes."""
-        return {"codes": pack.pack(codes - self.low, self.size)}
+    def pack(self, codes: Integer[Array, "..."], *, trits: bool = True) -> dict[str, UInt8[Array, "bytes"]]:
+        """The codes as dense bytes, `trits` as in `fbi.quant.pack`."""
+        return {"codes": pack.pack(codes - self.low, self.size, trits=trits)}
 
-    def unpack(self, arrays: dict[str, Array], shape: tuple[int, ...]) -> Integer[Array, "..."]:
+    def unpack(self, arrays: dict[str, Array], shape: tuple[int, ...], *, trits: bool = True) -> Integer[Array, "..."]:
         """The inverse of `pack` for codes of that shape."""
-        return pack.unpack(arrays["codes"], shape, self.size).astype(jnp.int16) + self.low
+        return pack.unpack(arrays["codes"], shape, self.size, trits=trits).astype(jnp.int16) + self.low
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,10 +26,13 @@ def packed_size(count: int, levels: int) -> int:
     return -(-count // TRITS) if levels == 3 else -(-count * _width(levels) // 8)
 
 
-def pack(codes: Integer[Array, "..."], levels: int) -> UInt8[Array, "bytes"]:
-    """Codes 0..levels-1, in row-major order, as bytes; the unused end is zero."""
+def pack(codes: Integer[Array, "..."], levels: int, *, trits: bool = True) -> UInt8[Array, "bytes"]:
+    """Codes 0..levels-1, in row-major order, as bytes; the unused end is zero.
+
+    Without `trits` a ternary code takes two bits, which are read five times as fast as five codes in a byte.
+    """
     flat = codes.astype(jnp.uint8).reshape(-1)
-    if levels == 3:
+    if levels == 3 and trits:
         flat = jnp.pad(flat, (0, -flat.size % TRITS)).reshape(-1, TRITS)
         return flat @ jnp.array([1, 3, 9, 27, 81], jnp.uint8)
     width = _width(levels)
@@ -37,10 +40,12 @@ def pack(codes: Integer[Array, "..."], levels: int) -> UInt8[Array, "bytes"]:
     return jnp.packbits(planes.reshape(-1), bitorder="little")
 
 
-def unpack(packed: UInt8[Array, "bytes"], shape: tuple[int, ...], levels: int) -> UInt8[Array, "..."]:
+def unpack(
+    packed: UInt8[Array, "bytes"], shape: tuple[int, ...], levels: int, *, trits: bool = True
+) -> UInt8[Array, "..."]:
     """The inverse of `pack` for codes of that shape."""
     count = math.prod(shape)
-    if levels == 3:
+    if levels == 3 and trits:
         quotients = (packed.astype(jnp.uint16)[:, None] * _FACTORS) >> _SHIFTS
         digits = quotients - 3 * ((quotients * 171) >> 9)
         return digits.astype(jnp.uint8).reshape(-1)[:count].reshape(shape)

@@ -91,7 +91,7 @@ class PairSparse(Grid):
         count = math.prod(shape)
         return self.base.packed_size((count // 2,)) + -(-count // 16)
 
-    def pack(self, codes: Integer[Array, "..."]) -> dict[str, UInt8[Array, "bytes"]]:
+    def pack(self, codes: Integer[Array, "..."], *, trits: bool = True) -> dict[str, UInt8[Array, "bytes"]]:
         """The codes of the pairs that stay, in order, and the number of their subset for each group of eight."""
         pairs = _pairs(codes, self.axis)
         stays = pairs[..., 0] >= self.base.low
@@ -100,14 +100,14 @@ class PairSparse(Grid):
         first, second = chosen[..., 0], chosen[..., 1]
         number = (first * (7 - first)) // 2 + second - first - 1  # the place in SUBSETS
         nibbles = jnp.pad(number.reshape(-1).astype(jnp.uint8), (0, number.size % 2)).reshape(-1, 2)
-        return self.base.pack(left) | {"mask": nibbles[:, 0] | (nibbles[:, 1] << 4)}
+        return self.base.pack(left, trits=trits) | {"mask": nibbles[:, 0] | (nibbles[:, 1] << 4)}
 
-    def unpack(self, arrays: dict[str, Array], shape: tuple[int, ...]) -> Integer[Array, "..."]:
+    def unpack(self, arrays: dict[str, Array], shape: tuple[int, ...], *, trits: bool = True) -> Integer[Array, "..."]:
         """The inverse of `pack`."""
         like = jax.eval_shape(lambda: _pairs(jnp.zeros(shape, jnp.int16), self.axis)).shape
         nibbles = jnp.stack([arrays["mask"] & 15, arrays["mask"] >> 4], -1).reshape(-1)[: math.prod(like[:-2])]
         chosen = jnp.asarray(SUBSETS)[nibbles.astype(jnp.int32)].reshape(*like[:-2], KEPT, 1)
-        left = self.base.unpack(arrays, (*like[:-2], KEPT, 2))
+        left = self.base.unpack(arrays, (*like[:-2], KEPT, 2), trits=trits)
         slots = jnp.arange(GROUP).reshape((1,) * (len(like) - 2) + (GROUP, 1))
         pairs = jnp.full(like, self.low, jnp.int16)
         for k in range(KEPT):

@@ -41,8 +41,8 @@ class Teaching:
 
     k: int = 64
     """Tokens kept at each position."""
-    drawn: int = 0
-    """Of these, how many are drawn from the tail; the others are the likeliest. See `sampled`."""
+    drawn: int | None = None
+    """Of these, how many are drawn from the tail, see `sampled`; None: a quarter, unless k is the vocabulary."""
     dtype: str = "float16"
     """Of log-probabilities: float16 or float32."""
     batch: int = 32
@@ -65,7 +65,7 @@ def teach(directory: str | Path, out: str | Path, data: DataConfig, teaching: Te
     data_config.check(data)
     run = dataclasses.replace(read_run(directory), teacher=str(directory), data=data)
     check_teacher(run)
-    layout = Layout(data.window, run.model.vocab, teaching.k, teaching.dtype, teaching.drawn)
+    layout = Layout(data.window, run.model.vocab, teaching.k, teaching.dtype, _drawn(teaching, run.model.vocab))
     for name, value, least in (("batch", teaching.batch, 1), ("shard", teaching.shard, 0)):
         if value < least:
             raise InputError(f"{name}={value} must be at least {least}")
@@ -103,6 +103,12 @@ def teach(directory: str | Path, out: str | Path, data: DataConfig, teaching: Te
 
             _write(out, windows, layout, shard, teaching, compute)
             return _finish(out, plan)
+
+
+def _drawn(teaching: Teaching, vocab: int) -> int:
+    if teaching.drawn is not None:
+        return teaching.drawn
+    return 0 if teaching.k >= vocab else teaching.k // 4
 
 
 def told(

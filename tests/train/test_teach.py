@@ -36,6 +36,7 @@ STEPS = 6
 MASKED = {"mask_documents": True}
 SHUFFLED = MASKED | {"seed": 3}
 KEPT = 40
+LUMPED = ("--k", str(KEPT), "--drawn", "0")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,7 +60,7 @@ def made(teacher: Path, out: Path, *options: str) -> Table:
 
 @pytest.fixture(scope="module")
 def table(home, teacher):
-    return made(teacher, home.folder / "table", "--k", str(KEPT))
+    return made(teacher, home.folder / "table", *LUMPED)
 
 
 def student(home, taught: Path, **fields):
@@ -109,7 +110,7 @@ def test_with_every_token_kept_it_is_the_live_teacher(home, teacher, live, whole
 def test_documents_are_masked_as_in_live_teaching(home, teacher, table):
     """Where attention may cross documents, other things are said after a separator, and nowhere else."""
     windows = prepare(tiny(home.corpus, data=MASKED).data)
-    crossing = made(teacher, home.folder / "crossing", "--k", str(KEPT), "--set", "data.mask_documents=false")
+    crossing = made(teacher, home.folder / "crossing", *LUMPED, "--set", "data.mask_documents=false")
     every = range(windows.count("train"))
     tokens = np.stack([windows.read("train", at)[:-1] for at in every])
     later = np.cumsum(tokens == windows.tokenizer.separator, 1) > 0
@@ -120,7 +121,7 @@ def test_documents_are_masked_as_in_live_teaching(home, teacher, table):
 
 def test_a_killed_teacher_goes_on_and_writes_the_same_bytes(home, teacher, table):
     out = home.folder / "killed-table"
-    arguments = ["teach", str(teacher), "--out", str(out), *ON_ONE, "--k", str(KEPT), "--line_every", "0"]
+    arguments = ["teach", str(teacher), "--out", str(out), *ON_ONE, *LUMPED, "--line_every", "0"]
     there = lambda: len(list((out / "shards").glob("*.array_record")))
     with Process(arguments, home.folder / "teach-said", home.environment) as process:
         assert process.caught(lambda: 2 <= there() < len(table.meta["shards"]) and any((out / "shards").glob(".*")))
@@ -134,16 +135,17 @@ def test_a_killed_teacher_goes_on_and_writes_the_same_bytes(home, teacher, table
     whole = [name for name in kept if not name.startswith(".")]
     assert len(whole) == there() < len(table.meta["shards"])
     changed = {path: path.stat().st_mtime_ns for path in map((out / "shards").joinpath, whole)}
-    assert made(teacher, out, "--k", str(KEPT)).hash == table.hash
+    assert made(teacher, out, *LUMPED).hash == table.hash
     assert {path: path.stat().st_mtime_ns for path in changed} == changed  # none of these was made again
     mine, theirs = files(out), files(table.folder)
     assert mine == theirs
-    assert made(teacher, out, "--k", str(KEPT)).hash == table.hash  # finished, it does nothing
+    assert made(teacher, out, *LUMPED).hash == table.hash  # finished, it does nothing
     assert files(out) == mine
 
 
 def test_tokens_drawn_from_the_tail_teach_and_are_drawn_again_alike(home, teacher, table, whole, capsys):
     out = home.folder / "drawn"
+    assert made(teacher, home.folder / "quarter", "--k", str(KEPT)).layout.drawn == KEPT // 4
     drawn = made(teacher, out, "--k", str(KEPT), "--drawn", "30")
     assert f"the {KEPT - 30} likeliest of 300 and 30 drawn from the others; " in capsys.readouterr().out
     assert drawn.layout == dataclasses.replace(table.layout, drawn=30)
@@ -253,7 +255,7 @@ def test_what_cannot_be_taught_is_refused(home, teacher, table, capsys):
         return refused(capsys, "teach", teacher, "--out", out, "--mesh", "data=1", "--shard", "16", *options)
 
     new = home.folder / "new"
-    assert "layout.k: 40 -> 39. Use another directory" in teach(table.folder, "--k", "39")
+    assert "layout.k: 40 -> 39. Use another directory" in teach(table.folder, "--k", "39", "--drawn", "0")
     assert "tokenizer" in teach(new, "--k", "4", "--set", "data.tokenizer=bpe:290")
     assert "k=301 must be at least 1 and at most the vocabulary of 300 tokens" in teach(new, "--k", "301")
     assert "unknown type of log-probabilities 'int8'" in teach(new, "--k", "4", "--dtype", "int8")
