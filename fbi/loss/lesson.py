@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from fbi.data.table import Rows
 from fbi.model.dense import Product
 
-_NOTHING = 6e4
+_NOTHING = 6e4  # nats: below any probability, and what float16 holds
 
 
 class Lesson(NamedTuple):

@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,11 @@ from orbax.checkpoint import v1 as ocp
 from fbi.errors import InputError
 from fbi.files import content_hash
 from fbi.train import hosts
-from fbi.train.attempt import Damaged, attempt
+from fbi.train.attempt import Damaged, Result, attempt
 from fbi.train.background import Background, snapshot
 from fbi.train.step import State
 
 training = ocp.training
-Result = TypeVar("Result")
 # Orbax prints a traceback of every write that fails, and raises the exception besides: it is told once, in one line.
 logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
 

@@ -20,7 +20,7 @@ def top(logits: Float[Array, "b t v"], k: int) -> Kept:
 def sampled(logits: Float[Array, "b t v"], k: int, drawn: int, start: Float[Array, "b t"]) -> Kept:
     """As `top`, with `drawn` of the k drawn from all but the likeliest k - drawn; these stand for the whole tail.
 
-    Sampling knowledge distillation (Anshumann et al., arXiv 2503.16870, section 4): the expectation of what is kept is
+    Sampling knowledge distillation (Anshumann et al., arXiv 2503.16870): the expectation of what is kept is
     the teacher's distribution, and so is that of every gradient linear in it. Here the likeliest are kept as they are,
     and the others drawn systematically (Madow 1949), at (start + j) / drawn of their mass in the order of ids, `start`
     uniform in [0, 1): a token of mass m within the tail is drawn drawn * m times, rounded up or down. Of a token drawn
