@@ -167,11 +167,16 @@ def _begin(out: Path, plan: dict[str, Any]) -> None:
         half.unlink()
     if not (out / PLAN).exists():
         write_json(out / PLAN, plan)
-    elif changed := differences(read_json(out / PLAN), plan):
+    elif changed := differences(_spelt_out(read_json(out / PLAN)), _spelt_out(plan)):
         raise InputError(
             f"{out} was begun as another table; it differs in {'; '.join(changed)}. "
             "Use another directory, or give the same arguments"
         )
+
+
+def _spelt_out(plan: dict[str, Any]) -> dict[str, Any]:
+    """With what a layout leaves out where it is zero."""
+    return plan | {"layout": {"drawn": 0} | plan.get("layout", {})}
 
 
 def _write(

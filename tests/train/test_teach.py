@@ -256,6 +256,7 @@ def test_what_cannot_be_taught_is_refused(home, teacher, table, capsys):
 
     new = home.folder / "new"
     assert "layout.k: 40 -> 39. Use another directory" in teach(table.folder, "--k", "39", "--drawn", "0")
+    assert "differs in layout.drawn: 0 -> 10. Use" in teach(table.folder, "--k", "40")
     assert "tokenizer" in teach(new, "--k", "4", "--set", "data.tokenizer=bpe:290")
     assert "k=301 must be at least 1 and at most the vocabulary of 300 tokens" in teach(new, "--k", "301")
     assert "unknown type of log-probabilities 'int8'" in teach(new, "--k", "4", "--dtype", "int8")
